@@ -1,0 +1,461 @@
+"""Events to timestamped feature tables: what was known about users and items, and when.
+
+In: the `events`, `items`, `users` frames of a source. Out: one Polars table per view, `[key, event_timestamp, features...]`,
+sorted by (key, event_timestamp), at most one row per pair. A row holds everything up to and including its own instant, so
+the newest row at or before t is exact for counts, histories and shares at every t. Smoothed rates are exact at the row's own
+instant: their prior, the global mean, moves with everybody's events.
+
+Window counts run over [floor_day(t) - (w - 1) days, t] in UTC: rows stand at events and at the midnights at which an event leaves
+a window. Ages and recency are not stored; `crosses.py` takes them from the stored times.
+
+Counts, rates and histories are about the source's *history events* (clicks, ratings, purchases: not impressions). The rate of a
+task is its positives per history event, or per impression when the source logs impressions and the task's action answers them.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from feature_repo.views import ENTITIES, TIMESTAMP, ViewSchema, write_views
+from tandem.core.errors import InputError
+from tandem.core.schema import ITEMS, TIME, USERS, Source, Task
+
+VIEW_VERSION: Final = 1
+_BLOCK_CELLS: Final = 250_000
+"""Cells of the dense event x category block that `_user_categories` holds at a time: small enough for the cache."""
+_EPOCH: Final = pl.lit(0).cast(TIME)
+_ENTITY_OF_VIEW: Final = {
+    "user_stats": "user",
+    "user_history": "user",
+    "user_categories": "user",
+    "item_stats": "item",
+    "item_attributes": "item",
+    "user_attributes": "user",
+}
+
+
+@dataclass(frozen=True)
+class AggregateConfig:
+    """What to aggregate.
+
+    `windows` are in days. `prior_strength` is how many pseudo-events of the global mean a smoothed rate starts with.
+    `until` stops the midnight rows of windows that run out later than the present; None writes them all.
+    """
+
+    history_length: int = 50
+    windows: tuple[int, ...] = (1, 7, 30)
+    top_categories: int = 8
+    prior_strength: float = 20.0
+    until: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.history_length, self.top_categories, *self.windows) < 1 or self.prior_strength <= 0:
+            raise InputError(f"{self} has a length, window or strength below 1; use positive numbers")
+
+
+def build_tables(
+    events: pl.DataFrame, items: pl.DataFrame, users: pl.DataFrame, source: Source, config: AggregateConfig | None = None
+) -> dict[str, pl.DataFrame]:
+    """Every feature view's offline table by view name.
+
+    `user_attributes` is left out when users have no attribute columns. Raises InputError when one feature name would
+    stand in two views.
+    """
+    config = config or AggregateConfig()
+    marked = _marked(events, source)
+    history = _history_events(marked)
+    tables = {
+        "user_stats": _stats(marked, "user", source, config),
+        "user_history": _user_history(history, config.history_length),
+        "user_categories": _user_categories(history, items, config.top_categories),
+        "item_stats": _stats(marked, "item", source, config),
+        "item_attributes": _item_attributes(items),
+    }
+    attributes = _attributes(users, USERS)
+    if attributes:
+        tables["user_attributes"] = users.select("user_id", _EPOCH.alias(TIMESTAMP), *attributes).sort("user_id")
+    _check_names(tables)
+    return tables
+
+
+def write_tables(tables: Mapping[str, pl.DataFrame], features_folder: Path) -> tuple[ViewSchema, ...]:
+    """Write `<view>.parquet` for each table, each whole or not at all, then `schema.json`; returns the views."""
+    features_folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        _write_parquet(table, features_folder / f"{name}.parquet")
+    views = tuple(ViewSchema.of_table(name, _ENTITY_OF_VIEW[name], table, version=VIEW_VERSION) for name, table in tables.items())
+    write_views(features_folder, views)
+    return views
+
+
+# --- which events count for what ---------------------------------------------------------------------------------------
+
+
+def _marked(events: pl.DataFrame, source: Source) -> pl.DataFrame:
+    """Events that any feature looks at, in (timestamp, event_id) order, with 0/1 columns for what they are.
+
+    A NaN value is a missing one: Polars tells them apart, features must not.
+    """
+    impression = pl.lit(False) if source.impression is None else pl.col("action") == source.impression
+    value = pl.col("value").cast(pl.Float64).fill_nan(None)
+    frame = (
+        events.lazy()
+        .with_columns(value)
+        .select(
+            "event_id",
+            "user_id",
+            "item_id",
+            pl.col("timestamp").alias(TIMESTAMP),
+            "value",
+            source.is_history().cast(pl.Int64).alias("history"),
+            impression.cast(pl.Int64).alias("impressions"),
+            *(task.matches().cast(pl.Int64).alias(_task_column(task)) for task in source.tasks),
+        )
+    )
+    marks = ["history", "impressions", *(_task_column(task) for task in source.tasks)]
+    return frame.filter(pl.any_horizontal(pl.col(marks) > 0)).sort(TIMESTAMP, "event_id").collect()
+
+
+def _history_events(marked: pl.DataFrame) -> pl.DataFrame:
+    """History events sorted by (user_id, timestamp, event_id)."""
+    columns = pl.col("user_id", "item_id", TIMESTAMP, "value")
+    return marked.filter(pl.col("history") > 0).select(columns).sort("user_id", maintain_order=True)
+
+
+def _task_column(task: Task) -> str:
+    return f"task_{task.name}"
+
+
+def _follows_impression(task: Task, source: Source) -> bool:
+    """Is the task's action the answer to an impression (a click), not to a history event (a purchase after the click)?"""
+    return source.impression is not None and task.action in source.history
+
+
+# --- counts, windows and rates -----------------------------------------------------------------------------------------
+
+
+def _stats(marked: pl.DataFrame, entity: str, source: Source, config: AggregateConfig) -> pl.DataFrame:
+    """The `user_stats` or `item_stats` table."""
+    key = ENTITIES[entity]
+    names = marked[key].unique().sort()
+    sums = _sums(_numbered(marked, key, names), key, source)
+    totals = _running_totals(sums, key, source)
+    rows = _rows_with_midnights(sums, key, config)
+    rows = rows.join_asof(totals, on=TIMESTAMP, by=key, strategy="backward", check_sortedness=False)
+    rows = _with_windows(rows, totals, key, config.windows).sort(TIMESTAMP)
+    rows = rows.join_asof(_global_totals(sums, source), on=TIMESTAMP, strategy="backward", check_sortedness=False)
+    table = rows.sort(key, TIMESTAMP).select(key, TIMESTAMP, *_stat_columns(entity, source, config))
+    return table.with_columns(names.gather(table[key]).alias(key))
+
+
+def _numbered(frame: pl.DataFrame, key: str, names: pl.Series) -> pl.DataFrame:
+    """The frame with each id as its place in the sorted `names`: numbers sort alike, and join several times faster."""
+    return frame.with_columns(pl.col(key).cast(pl.Enum(names)).to_physical())
+
+
+def _counted(source: Source) -> list[str]:
+    return ["history", "impressions", *(_task_column(task) for task in source.tasks)]
+
+
+def _sums(marked: pl.DataFrame, key: str, source: Source) -> pl.DataFrame:
+    """One row per (key, instant) with what happened then, sorted by (key, instant)."""
+    valued = pl.col("value").is_not_null() & (pl.col("history") > 0)
+    frame = marked.lazy().group_by(key, TIMESTAMP, maintain_order=True)
+    return (
+        frame.agg(
+            pl.col(_counted(source)).sum(),
+            pl.col("value").filter(valued).sum().alias("value_sum"),
+            valued.sum().cast(pl.Int64).alias("value_count"),
+        )
+        .sort(key, TIMESTAMP)
+        .collect()
+    )
+
+
+def _running_totals(sums: pl.DataFrame, key: str, source: Source) -> pl.DataFrame:
+    """Totals per key up to and including each instant; first and last history times in UTC microseconds."""
+    time = pl.when(pl.col("history") > 0).then(pl.col(TIMESTAMP).dt.epoch("us"))
+    return sums.select(
+        key,
+        TIMESTAMP,
+        pl.col(*_counted(source), "value_sum", "value_count").cum_sum().over(key),
+        time.cum_min().forward_fill().over(key).alias("first_time"),
+        time.forward_fill().over(key).alias("last_time"),
+    )
+
+
+def _global_totals(sums: pl.DataFrame, source: Source) -> pl.DataFrame:
+    """Totals over everybody up to and including each instant, as `all_*` columns."""
+    counted = pl.col(_counted(source))
+    per_instant = sums.lazy().group_by(TIMESTAMP).agg(counted.sum()).sort(TIMESTAMP)
+    return per_instant.select(TIMESTAMP, counted.cum_sum().name.prefix("all_")).collect()
+
+
+def _rows_with_midnights(sums: pl.DataFrame, key: str, config: AggregateConfig) -> pl.DataFrame:
+    """(key, instant) of every event and of every midnight at which a day with history events leaves a window."""
+    days = sums.lazy().filter(pl.col("history") > 0).select(key, pl.col(TIMESTAMP).dt.truncate("1d")).unique()
+    ends = [days.with_columns(pl.col(TIMESTAMP).dt.offset_by(f"{window}d")) for window in config.windows]
+    midnights = pl.concat(ends)
+    if config.until is not None:
+        midnights = midnights.filter(pl.col(TIMESTAMP) <= config.until)
+    return pl.concat([sums.lazy().select(key, TIMESTAMP), midnights]).unique().sort(key, TIMESTAMP).collect()
+
+
+def _with_windows(rows: pl.DataFrame, totals: pl.DataFrame, key: str, windows: tuple[int, ...]) -> pl.DataFrame:
+    """Add `window_<w>`: the total now less the total just before the window's first midnight."""
+    before = totals.select(key, pl.col(TIMESTAMP).alias("edge"), pl.col("history").alias("earlier"))
+    for window in windows:
+        first_midnight = pl.col(TIMESTAMP).dt.truncate("1d").dt.offset_by(f"-{window - 1}d")
+        rows = rows.with_columns((first_midnight - pl.duration(microseconds=1)).alias("edge"))
+        rows = rows.join_asof(before, on="edge", by=key, strategy="backward", check_sortedness=False)
+        count = (pl.col("history") - pl.col("earlier").fill_null(0)).alias(f"window_{window}")
+        rows = rows.with_columns(count).drop("edge", "earlier")
+    return rows
+
+
+def _stat_columns(entity: str, source: Source, config: AggregateConfig) -> list[pl.Expr]:
+    """The features of `<entity>_stats`, from the running, window and global totals."""
+    mean = pl.when(pl.col("value_count") > 0).then(pl.col("value_sum") / pl.col("value_count"))
+    columns = [
+        pl.col("history").alias(f"{entity}_events"),
+        *(pl.col(f"window_{window}").alias(f"{entity}_events_{window}d") for window in config.windows),
+    ]
+    if source.impression is not None:
+        columns.append(pl.col("impressions").alias(f"{entity}_impressions"))
+    for task in source.tasks:
+        columns.append(pl.col(_task_column(task)).alias(f"{entity}_{task.name}"))
+        columns.append(_smoothed_rate(task, source, config.prior_strength).alias(f"{entity}_{task.name}_rate"))
+    if entity == "item":
+        columns.append(pl.col("first_time").alias("item_first_time"))
+    columns.append(pl.col("last_time").alias(f"{entity}_last_time"))
+    columns.append(mean.alias(f"{entity}_mean_value"))
+    return columns
+
+
+def _smoothed_rate(task: Task, source: Source, strength: float) -> pl.Expr:
+    """(positives + strength * global mean) / (trials + strength): the mean of a beta posterior around the global mean then."""
+    trials = "impressions" if _follows_impression(task, source) else "history"
+    hits = _task_column(task)
+    mean = pl.when(pl.col(f"all_{trials}") > 0).then(pl.col(f"all_{hits}") / pl.col(f"all_{trials}")).otherwise(0.0)
+    return (pl.col(hits) + strength * mean) / (pl.col(trials) + strength)
+
+
+# --- histories ---------------------------------------------------------------------------------------------------------
+
+
+def _user_history(history: pl.DataFrame, length: int) -> pl.DataFrame:
+    """The `user_history` table: the last `length` history events at each instant with one, oldest first."""
+    numbered = history.with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
+    lists = numbered.rolling("row", period=f"{length}i", group_by="user_id").agg(
+        pl.col(TIMESTAMP).last(),
+        pl.col("item_id").alias("history_items"),
+        pl.col(TIMESTAMP).dt.epoch("us").alias("history_times"),
+        pl.col("value").fill_null(0.0).alias("history_values"),
+    )
+    return lists.sort("row").filter(_last_of_instant()).drop("row")
+
+
+def _last_of_instant() -> pl.Expr:
+    """Is a row of a table sorted by (user, instant) the last of its user and instant?"""
+    instant = pl.struct("user_id", TIMESTAMP)
+    return instant.ne_missing(instant.shift(-1))
+
+
+# --- categories --------------------------------------------------------------------------------------------------------
+
+
+def _user_categories(history: pl.DataFrame, items: pl.DataFrame, top: int) -> pl.DataFrame:
+    """The `user_categories` table: the `top` categories of a user's history so far and the share of its events that has each.
+
+    An event whose item has several categories counts for each of them, so shares may sum to more than one; ties go to
+    the name that sorts first.
+    """
+    categories = _item_categories(items)
+    names = categories["category"].unique().sort()
+    counter = _category_counter(history, categories, names)
+    codes, counts = _top_counts(counter, top)
+    keep = history.select(_last_of_instant()).to_series()
+    codes, counts = codes[keep.to_numpy()], counts[keep.to_numpy()]
+    events_so_far = history.select(pl.int_range(1, pl.len() + 1).over("user_id")).to_series().filter(keep).to_numpy()
+    filled = counts > 0
+    offsets = np.concatenate([[0], np.cumsum(filled.sum(axis=1))])
+    shares = (counts / events_so_far[:, None])[filled]
+    return (
+        history.select("user_id", TIMESTAMP)
+        .filter(keep)
+        .with_columns(
+            _lists("top_categories", names.gather(codes[filled]), offsets),
+            _lists("category_shares", pl.Series(shares, dtype=pl.Float64), offsets),
+        )
+    )
+
+
+def _item_categories(items: pl.DataFrame) -> pl.DataFrame:
+    """Distinct (item_id, category), one row per pair."""
+    pairs = items.select("item_id", pl.col("categories").cast(pl.List(pl.String)).alias("category"))
+    return pairs.explode("category").drop_nulls().unique()
+
+
+@dataclass(frozen=True)
+class _CategoryCounter:
+    """History events and their categories as numbers, ready to be counted densely, user by user.
+
+    Categories are numbered within each user, in the order of their names: a user has met few of all categories.
+    `size (E,)`: categories that the event's user ever meets; `first (E,)`: where they start in `code_of`; `start (E,)`:
+    the event at which its user begins; `event (C,)` and `local (C,)`: occurrences, by event; `code_of`: number in the whole.
+    """
+
+    size: NDArray[np.int64]
+    first: NDArray[np.int64]
+    start: NDArray[np.int64]
+    event: NDArray[np.int64]
+    local: NDArray[np.int64]
+    code_of: NDArray[np.int64]
+
+
+def _category_counter(history: pl.DataFrame, categories: pl.DataFrame, names: pl.Series) -> _CategoryCounter:
+    runs = history["user_id"].rle().struct.field("len").to_numpy().astype(np.int64)
+    user = np.repeat(np.arange(len(runs)), runs)
+    coded = categories.with_columns(pl.col("category").replace_strict(names, np.arange(len(names)), return_dtype=pl.Int64))
+    pairs = history.select("item_id").with_row_index("event").join(coded, on="item_id").sort("event")
+    event = pairs["event"].to_numpy().astype(np.int64)
+    met, place = np.unique(user[event] * len(names) + pairs["category"].to_numpy(), return_inverse=True)
+    size = np.bincount(met // max(len(names), 1), minlength=len(runs))
+    first = np.cumsum(size) - size
+    return _CategoryCounter(
+        size=size[user],
+        first=first[user],
+        start=(np.cumsum(runs) - runs)[user],
+        event=event,
+        local=place - first[user[event]],
+        code_of=met % max(len(names), 1),
+    )
+
+
+def _top_counts(counter: _CategoryCounter, top: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Codes and counts (E, top) of each event's user up to and including it, most frequent first; count 0 where there are fewer.
+
+    Events are taken in blocks of users that have met about as many categories, so that a dense block wastes little.
+    """
+    total = len(counter.size)
+    codes, counts = np.zeros((total, top), np.int64), np.zeros((total, top), np.int64)
+    order = np.argsort(counter.size, kind="stable")
+    sizes = counter.size[order]
+    carried = np.zeros(0, np.int32)
+    begin = int(np.searchsorted(sizes, 1))
+    while begin < total:
+        events = order[begin : _block_end(sizes, begin)]
+        running = _running_counts(counter, events, carried)
+        carried = running[-1]
+        local, found = _largest(running, top)
+        codes[events, : local.shape[1]] = counter.code_of[
+            np.minimum(counter.first[events, None] + local, len(counter.code_of) - 1)
+        ]
+        counts[events, : local.shape[1]] = found
+        begin += len(events)
+    return codes, counts
+
+
+def _block_end(sizes: NDArray[np.int64], begin: int) -> int:
+    """The end of a block of rows from `begin` whose dense form has about `_BLOCK_CELLS` cells at most; `sizes` ascend."""
+    widest = sizes[min(begin + max(_BLOCK_CELLS // sizes[begin], 1), len(sizes)) - 1]
+    return min(begin + max(_BLOCK_CELLS // int(widest), 1), len(sizes))
+
+
+def _running_counts(counter: _CategoryCounter, events: NDArray[np.int64], carried: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Counts (B, D) of each category for each event's user so far; `carried` continues a user cut by the block before."""
+    low, high = np.searchsorted(counter.event, events), np.searchsorted(counter.event, events, side="right")
+    occurrences = np.repeat(low - np.cumsum(high - low) + (high - low), high - low) + np.arange((high - low).sum())
+    running = np.zeros((len(events) + 1, int(counter.size[events[-1]])), np.int32)
+    running[np.repeat(np.arange(1, len(events) + 1), high - low), counter.local[occurrences]] = 1
+    if counter.start[events[0]] < events[0]:
+        running[0, : len(carried)] = carried
+    np.cumsum(running, axis=0, out=running)
+    begins = np.arange(len(events)) - (events - counter.start[events])
+    before = running[np.maximum(begins, 0)]
+    before[begins < 0] = 0
+    return running[1:] - before
+
+
+def _largest(counts: NDArray[np.int32], top: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Columns and values (B, min(top, D)) of each row's largest counts, descending, ties by lower column."""
+    width = counts.shape[1]
+    keys = counts.astype(np.int64) * -width + np.arange(width)
+    if width > top:
+        keys = np.partition(keys, top, axis=1)[:, :top]
+    best = -np.sort(keys, axis=1)
+    found = -(-best // width)
+    return found * width - best, found
+
+
+def _lists(name: str, values: pl.Series, offsets: NDArray[np.int64]) -> pl.Series:
+    """A list column whose row i holds values[offsets[i] : offsets[i + 1]]."""
+    flat = values.to_arrow()
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), flat)
+    return pl.Series(name, lists, dtype=pl.List(values.dtype))
+
+
+# --- attributes --------------------------------------------------------------------------------------------------------
+
+
+def _attributes(frame: pl.DataFrame, known: Mapping[str, pl.DataType]) -> list[pl.Expr]:
+    """Expressions for a frame's number and string columns that are not in `known`; other types are no features."""
+    columns = []
+    for name, dtype in frame.schema.items():
+        if name in known:
+            continue
+        if dtype.is_float() or dtype.is_decimal():
+            columns.append(pl.col(name).cast(pl.Float64).fill_nan(None))
+        elif dtype.is_integer() or dtype == pl.Boolean:
+            columns.append(pl.col(name).cast(pl.Int64))
+        elif dtype in (pl.String, pl.Categorical, pl.Enum):
+            columns.append(pl.col(name).cast(pl.String))
+    return columns
+
+
+def _item_attributes(items: pl.DataFrame) -> pl.DataFrame:
+    """The `item_attributes` table: one row per item, known since it became available, or for ever."""
+    available = pl.col("available_from").cast(TIME)
+    frame = items.select(
+        "item_id",
+        available.fill_null(_EPOCH).alias(TIMESTAMP),
+        *_attributes(items, ITEMS),
+        available.dt.epoch("us").alias("item_available_from"),
+    )
+    return frame.sort("item_id")
+
+
+# --- names and files ---------------------------------------------------------------------------------------------------
+
+
+def _check_names(tables: Mapping[str, pl.DataFrame]) -> None:
+    """Raise InputError when two views hold a feature of one name: a training frame has each column once."""
+    owner: dict[str, str] = {}
+    for view, table in tables.items():
+        for name in table.columns[2:]:
+            if name in owner:
+                raise InputError(f"feature {name!r} stands in both {owner[name]} and {view}; rename the attribute column")
+            owner[name] = view
+
+
+def _write_parquet(table: pl.DataFrame, path: Path) -> None:
+    """Replace a Parquet file atomically."""
+    beside = path.with_name(f".partial-{uuid.uuid4().hex}")
+    try:
+        table.write_parquet(beside, compression="zstd", compression_level=1)
+        with beside.open("rb") as handle:
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,263 @@
+"""Checks that features are what they claim: no leak, served equals stored, fresh, and distributed as before.
+
+In: Polars frames (a training frame, offline tables, served rows). Out: one `CheckResult` per check, whose `table` shows what
+was found wrong, row by row. Nothing here shares code with the offline store that it judges: the as-of value is found by sorting
+questions and answers together and filling forward, not by an as-of join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from feature_repo.views import ENTITIES, TIMESTAMP
+from tandem.core.errors import InputError
+
+EVE: Final = timedelta(microseconds=1)
+"""Training frames are asked just before the event, so that no row sees its own."""
+
+CLOCK_SKEW: Final = timedelta(minutes=5)
+"""How far in the future a timestamp may lie before it counts as wrong."""
+
+DRIFT_LIMIT: Final = 0.2
+"""Above it, a population stability index is usually read as a shift that matters."""
+
+_MAX_VALUES: Final = 20
+_SMOOTHING: Final = 0.5
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check's verdict: `rows` were looked at, `detail` says what was found, `table` shows it row by row."""
+
+    name: str
+    passed: bool
+    rows: int
+    detail: str
+    table: pl.DataFrame = field(default_factory=pl.DataFrame, compare=False, repr=False)
+
+
+def leakage(
+    frame: pl.DataFrame, tables: Mapping[str, pl.DataFrame], ttl: Mapping[str, timedelta] | None = None, *, eve: timedelta = EVE
+) -> CheckResult:
+    """Does each feature of a training frame equal what its view knew `eve` before the row's event_timestamp?
+
+    `frame` holds user_id and/or item_id, event_timestamp and features; `tables` are the offline tables by view. The result's
+    table names each wrong value: kind "leak" when the view learned that value only later, else "mismatch". `ttl` by view
+    as Feast reads it. Raises InputError when frame and tables have no feature in common.
+    """
+    parts = [part for view, table in tables.items() for part in _view_mistakes(frame, view, table, (ttl or {}).get(view), eve)]
+    if not parts:
+        raise InputError(f"the training frame has no feature of the views {sorted(tables)}; nothing could be checked")
+    mistakes = pl.concat(parts).sort("row", "feature")
+    leaks = mistakes.filter(pl.col("kind") == "leak")
+    detail = f"{len(parts)} features in {len(frame)} rows equal the as-of value"
+    if not mistakes.is_empty():
+        counts = mistakes.group_by("feature").len().sort("feature").rows()
+        named = ", ".join(f"{name} ({count})" for name, count in counts)
+        detail = f"{len(leaks)} values from the future and {len(mistakes) - len(leaks)} other wrong values: {named}"
+    return CheckResult("leakage", mistakes.is_empty(), len(frame), detail, mistakes)
+
+
+def parity(
+    served: pl.DataFrame, store: pl.DataFrame, keys: Sequence[str], features: Sequence[str] | None = None, tolerance: float = 1e-6
+) -> CheckResult:
+    """Do served feature rows equal the store's rows of the same `keys`, feature by feature?
+
+    Numbers may differ by `tolerance` relative to their size (the snapshot holds float32); null and NaN both mean missing. The
+    result's table has one row per difference: keys, feature, served and stored value, kind "differs" or "absent" (no such
+    row in the store). `features` defaults to the columns that both have. Raises InputError for doubled keys in `store`.
+    """
+    names = list(features or [name for name in served.columns if name in store.columns and name not in keys])
+    if not names:
+        raise InputError(f"served rows and store rows share no feature beside {list(keys)}; nothing could be compared")
+    if store.select(keys).is_duplicated().any():
+        raise InputError(f"the store's rows repeat some {list(keys)}; give one row per key")
+    marked = store.select(*keys, *(pl.col(name).alias(f"{name}:stored") for name in names), pl.lit(True).alias(":present"))
+    both = served.join(marked, on=list(keys), how="left", nulls_equal=True, maintain_order="left")
+    present = both[":present"].fill_null(False)
+    parts = [_differences(both, name, keys, present, tolerance) for name in names]
+    table = pl.concat(parts)
+    detail = f"{len(names)} features of {len(served)} served rows equal the store's"
+    if not table.is_empty():
+        wrong, absent = sorted(table["feature"].unique()), int((~present).sum())
+        detail = f"{len(table)} of {len(served) * len(names)} values differ, in {wrong}; {absent} rows are not in the store"
+    return CheckResult("parity", table.is_empty(), len(served), detail, table)
+
+
+def freshness(as_of: datetime, ttl: timedelta, now: datetime) -> CheckResult:
+    """Is a snapshot or online store of `as_of` at most `ttl` old at `now`, and not from the future?"""
+    age = now - as_of
+    passed = -CLOCK_SKEW <= age <= ttl
+    detail = f"features are as of {as_of.isoformat()}, {_spoken(age)} old; the limit is {_spoken(ttl)}"
+    if age < -CLOCK_SKEW:
+        detail = f"features are as of {as_of.isoformat()}, {_spoken(-age)} in the future; check the clocks"
+    return CheckResult("freshness", passed, 1, detail)
+
+
+def drift_psi(
+    reference: pl.DataFrame,
+    current: pl.DataFrame,
+    features: Sequence[str] | None = None,
+    limit: float = DRIFT_LIMIT,
+    bins: int = 10,
+) -> CheckResult:
+    """Population stability index per feature, sum of (q - p) ln(q / p) over bins (Siddiqi 2006, Credit Risk Scorecards).
+
+    Numbers are binned by the reference's quantiles, strings by its most frequent values; missing is a bin of its own. Lists are
+    no features here. The result's table: feature, psi, drifted (psi > limit). Raises InputError when a frame is empty.
+    """
+    if reference.is_empty() or current.is_empty():
+        raise InputError(f"drift needs rows on both sides, not {len(reference)} and {len(current)}")
+    names = [name for name in features or reference.columns if name in current.columns and _can_drift(reference.schema[name])]
+    values = [_psi(*_binned(reference[name], current[name], bins)) for name in names]
+    table = pl.DataFrame({"feature": names, "psi": values}, schema={"feature": pl.String, "psi": pl.Float64})
+    table = table.with_columns((pl.col("psi") > limit).alias("drifted")).sort("psi", "feature", descending=[True, False])
+    drifted = table.filter("drifted")["feature"].to_list()
+    detail = f"{len(drifted)} of {len(names)} features moved by more than {limit}" + (f": {drifted}" if drifted else "")
+    return CheckResult("drift", not drifted, len(current), detail, table)
+
+
+# --- leakage -----------------------------------------------------------------------------------------------------------
+
+
+def _view_mistakes(
+    frame: pl.DataFrame, view: str, table: pl.DataFrame, ttl: timedelta | None, eve: timedelta
+) -> list[pl.DataFrame]:
+    """One frame of mistakes per feature of the view that the training frame holds."""
+    key = next(name for name in ENTITIES.values() if name in table.columns)
+    features = [name for name in table.columns if name not in (key, TIMESTAMP) and name in frame.columns]
+    if key not in frame.columns or not features:
+        return []
+    asked = frame.select(key, (pl.col(TIMESTAMP) - eve).alias("asked")).with_row_index("row")
+    known = _known_rows(asked, table, key, ttl)
+    return [_feature_mistakes(frame, asked, table, known, view, key, feature) for feature in features]
+
+
+def _known_rows(asked: pl.DataFrame, table: pl.DataFrame, key: str, ttl: timedelta | None) -> pl.Series:
+    """For each question, the number of the newest table row at or before it and within `ttl`; null for none."""
+    answers = table.select(key, pl.col(TIMESTAMP).alias("asked")).with_row_index("answer")
+    mixed = pl.concat([answers.with_columns(since=pl.col("asked")), asked], how="diagonal")
+    mixed = mixed.sort(key, "asked", "row", nulls_last=False, maintain_order=True)
+    filled = mixed.with_columns(pl.col("answer", "since").forward_fill().over(key)).drop_nulls("row")
+    if ttl is not None:
+        filled = filled.with_columns(pl.when(pl.col("since") >= pl.col("asked") - ttl).then("answer").alias("answer"))
+    return filled.sort("row")["answer"]
+
+
+def _feature_mistakes(
+    frame: pl.DataFrame, asked: pl.DataFrame, table: pl.DataFrame, known: pl.Series, view: str, key: str, feature: str
+) -> pl.DataFrame:
+    expected = table[feature].gather(known)
+    wrong = asked.with_columns(frame[feature].alias("found"), expected.alias("expected")).filter(
+        ~_equal(frame[feature], expected)
+    )
+    later = wrong.join(table.select(key, TIMESTAMP, pl.col(feature).alias("later")), on=key).filter(
+        pl.col(TIMESTAMP) > pl.col("asked")
+    )
+    leaked = later.filter(_equal(later["found"], later["later"]) & later["found"].is_not_null())["row"].unique()
+    return wrong.select(
+        "row",
+        pl.lit(view).alias("view"),
+        pl.lit(feature).alias("feature"),
+        pl.col(key).cast(pl.String).alias("entity"),
+        "asked",
+        _as_text("found", wrong.schema["found"]),
+        _as_text("expected", wrong.schema["expected"]),
+        pl.when(pl.col("row").is_in(leaked.implode())).then(pl.lit("leak")).otherwise(pl.lit("mismatch")).alias("kind"),
+    )
+
+
+# --- parity ------------------------------------------------------------------------------------------------------------
+
+
+def _differences(both: pl.DataFrame, name: str, keys: Sequence[str], present: pl.Series, tolerance: float) -> pl.DataFrame:
+    stored = both[f"{name}:stored"]
+    rows = both.with_columns(present.alias(":present")).filter(~(_equal(both[name], stored, tolerance) & present))
+    return rows.select(
+        *keys,
+        pl.lit(name).alias("feature"),
+        _as_text(name, both.schema[name]).alias("served"),
+        _as_text(stored.name, stored.dtype).alias("stored"),
+        pl.when(":present").then(pl.lit("differs")).otherwise(pl.lit("absent")).alias("kind"),
+    )
+
+
+def _equal(left: pl.Series, right: pl.Series, tolerance: float = 0.0) -> pl.Series:
+    """Element by element: equal, or both missing (null or NaN)? Numbers within `tolerance` of the larger, at least of 1."""
+    if left.dtype.is_numeric() and right.dtype.is_numeric():
+        one, other = _numbers(left), _numbers(right)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(one - other) <= tolerance * np.maximum(1.0, np.maximum(np.abs(one), np.abs(other)))
+        return pl.Series(near | (one == other) | (np.isnan(one) & np.isnan(other)), dtype=pl.Boolean)
+    return left.eq_missing(right.cast(left.dtype))
+
+
+def _numbers(values: pl.Series) -> NDArray[np.float64]:
+    return values.cast(pl.Float64).fill_null(float("nan")).to_numpy()
+
+
+def _as_text(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A value of any type as text, for a table that holds features of many types."""
+    if isinstance(dtype, pl.List):
+        return pl.format("[{}]", pl.col(name).cast(pl.List(pl.String)).list.join(", ")).alias(name)
+    return pl.col(name).cast(pl.String)
+
+
+# --- drift -------------------------------------------------------------------------------------------------------------
+
+
+def _can_drift(dtype: pl.DataType) -> bool:
+    return dtype.is_numeric() or dtype in (pl.String, pl.Boolean)
+
+
+def _binned(reference: pl.Series, current: pl.Series, bins: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Counts per bin of both columns; the last bin counts what is missing."""
+    if reference.dtype.is_numeric():
+        before, now = _numbers(reference), _numbers(current)
+        known = before[~np.isnan(before)]
+        edges = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)[1:-1])) if len(known) else np.zeros(0)
+        return _histogram(before, edges), _histogram(now, edges)
+    return _by_value(reference.cast(pl.String), current.cast(pl.String))
+
+
+def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Counts between the edges and on each edge: a column of few values, or of one, has them all on edges."""
+    place = np.searchsorted(edges, values, side="left") + np.searchsorted(edges, values, side="right")
+    missing = 2 * len(edges) + 1
+    return np.bincount(np.where(np.isnan(values), missing, place), minlength=missing + 1)
+
+
+def _by_value(reference: pl.Series, current: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Counts of the reference's most frequent values, of all others, and of missing ones."""
+    counts = reference.drop_nulls().value_counts(name="count").sort("count", reference.name, descending=[True, False])
+    frequent = counts[reference.name].head(_MAX_VALUES)
+
+    def tally(values: pl.Series) -> NDArray[np.int64]:
+        named = [int((values == value).sum()) for value in frequent]
+        missing = values.null_count()
+        return np.array([*named, len(values) - sum(named) - missing, missing])
+
+    return tally(reference), tally(current)
+
+
+def _psi(before: NDArray[np.int64], now: NDArray[np.int64]) -> float:
+    """The index over smoothed shares: an empty bin is rare, not impossible."""
+    p = (before + _SMOOTHING) / (before.sum() + _SMOOTHING * len(before))
+    q = (now + _SMOOTHING) / (now.sum() + _SMOOTHING * len(now))
+    return float(((q - p) * np.log(q / p)).sum())
+
+
+def _spoken(age: timedelta) -> str:
+    """A duration as people say it: 3 d 4 h, 5 h 10 min, 12 min."""
+    minutes = int(age.total_seconds() // 60)
+    days, hours, rest = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {rest} min" if hours else f"{rest} min"

@@ -1,0 +1,163 @@
+"""The workspace's Feast store: open it, apply the definitions, and build training frames that see no event at or after their own.
+
+In: a workspace with `features/schema.json` and the offline tables; entity frames [user_id?, item_id?, event_timestamp].
+Out: `state/registry.db`, `state/online.db`, a `feature_store.yaml` and `definitions.py` of the workspace's own (so that Feast's
+commands work there), and point-in-time frames. Feast is imported when a function needs it: that costs seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import polars as pl
+
+from feature_repo.views import TIMESTAMP, ViewSchema, read_views, view_named
+from tandem.core.errors import IncompatibleError, InputError
+from tandem.core.folders import held, write_text
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+PROJECT: Final = "tandem"
+LOCK: Final = "state/materialize.lock"
+"""Held while definitions are applied and while anything is written online."""
+
+JUST_BEFORE: Final = timedelta(microseconds=1)
+"""Training asks this long before the event, so that no row sees its own event."""
+
+_log = logging.getLogger(__name__)
+
+
+def open_store(workspace: Path) -> FeatureStore:
+    """The workspace's Feast store: SQL registry, SQLite online, our offline store and engine. Creates `state/` if need be."""
+    from feast import FeatureStore, RepoConfig
+
+    home = workspace.resolve()
+    (home / "state").mkdir(parents=True, exist_ok=True)
+    return FeatureStore(config=RepoConfig(**_settings(home), repo_path=home))
+
+
+def apply(workspace: Path) -> tuple[str, ...]:
+    """Make the registry and the online tables equal to `features/schema.json`; returns the names of the views.
+
+    What `schema.json` no longer names is deleted, as `feast apply` does. Raises NotFoundError before the first build and
+    BusyError while another run applies or materialises.
+    """
+    from feast.repo_operations import apply_total_with_repo_instance
+
+    views = read_views(workspace / "features")
+    with held(workspace / LOCK, "features apply"), quiet():
+        store = open_store(workspace)
+        write_feast_files(workspace)
+        apply_total_with_repo_instance(store, PROJECT, store.registry, _contents(views), skip_source_validation=False)
+    return tuple(view.name for view in views)
+
+
+def historical(store: FeatureStore, entities: pl.DataFrame, views: Sequence[str]) -> pl.DataFrame:
+    """Add every feature of `views` to each entity row, as known 1 µs before its `event_timestamp`; same rows, same order.
+
+    `entities` is [user_id?, item_id?, event_timestamp, ...]; its other columns pass through, and features nobody knew are
+    null. Raises InputError when a key is missing, NotFoundError for an unknown view and IncompatibleError for one that was
+    built anew but not applied.
+    """
+    schemas = read_views(Path(store.config.repo_path) / "features")
+    chosen = [view_named(schemas, name) for name in views]
+    missing = {TIMESTAMP, *(view.key for view in chosen)} - set(entities.columns)
+    if missing:
+        raise InputError(f"the entity frame lacks {sorted(missing)}; it has {entities.columns}")
+    if not chosen:
+        return entities
+    check_applied(store, chosen)
+    refs = [f"{view.name}:{feature}" for view in chosen for feature in view.feature_names]
+    asked = entities.with_columns(pl.col(TIMESTAMP) - JUST_BEFORE)
+    answer = store.get_historical_features(entity_df=asked, features=refs).to_polars()
+    frame: pl.DataFrame = answer.with_columns(entities[TIMESTAMP])
+    return frame
+
+
+def check_applied(store: FeatureStore, views: Sequence[ViewSchema]) -> None:
+    """Raise IncompatibleError unless the registry holds these views with these features."""
+    applied = {view.name: {feature.name for feature in view.features} for view in store.list_feature_views()}
+    stale = [view.name for view in views if applied.get(view.name) != set(view.feature_names)]
+    if stale:
+        raise IncompatibleError(f"feature views {stale} differ from what was applied; run `tandem features apply`")
+
+
+def write_feast_files(workspace: Path) -> None:
+    """Give the workspace its own `feature_store.yaml` and `definitions.py`, with this folder's absolute paths."""
+    import yaml
+
+    home = workspace.resolve()
+    write_text(home / "feature_store.yaml", _YAML_HEAD + yaml.safe_dump(_settings(home), sort_keys=False))
+    write_text(home / "definitions.py", _DEFINITIONS)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Feast's progress text off standard output, where `--json` speaks alone; it goes to the debug log."""
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        _log.debug("feast: %s", text.getvalue())
+
+
+def _settings(home: Path) -> dict[str, Any]:
+    """What `feature_store.yaml` says, for the workspace at the absolute path `home`."""
+    return {
+        "project": PROJECT,
+        "provider": "local",
+        "registry": {
+            "registry_type": "sql",
+            "path": f"sqlite:///{home / 'state' / 'registry.db'}",
+            "cache_ttl_seconds": 60,
+            "serve_features_while_materializing": True,
+        },
+        "online_store": {"type": "feature_repo.sqlite_store.NewestSqliteOnlineStore", "path": str(home / "state" / "online.db")},
+        "offline_store": {"type": "feature_repo.polars_store.PolarsOfflineStore", "root": str(home)},
+        "batch_engine": {"type": "feature_repo.engine.PolarsComputeEngine"},
+        "entity_key_serialization_version": 3,
+    }
+
+
+def _contents(views: Sequence[ViewSchema]) -> Any:
+    """The definitions in the form in which `feast apply` collects them from a repository."""
+    from feast import Entity, FeatureService, FeatureView, Project
+    from feast.feature_view import DUMMY_ENTITY
+    from feast.repo_contents import RepoContents
+
+    from feature_repo.definitions import define
+
+    objects = list(define(views).values())
+    feature_views = [each for each in objects if isinstance(each, FeatureView)]
+    return RepoContents(
+        projects=[Project(name=PROJECT)],
+        data_sources=[source for view in feature_views for source in (view.batch_source, view.stream_source)],
+        feature_views=feature_views,
+        on_demand_feature_views=[],
+        stream_feature_views=[],
+        label_views=[],
+        entities=[*(each for each in objects if isinstance(each, Entity)), DUMMY_ENTITY],
+        feature_services=[each for each in objects if isinstance(each, FeatureService)],
+        permissions=[],
+    )
+
+
+_YAML_HEAD: Final = "# Written by `tandem features apply`, which writes it anew after the workspace was moved.\n"
+
+_DEFINITIONS: Final = '''"""For Feast's own commands in this workspace; written by `tandem features apply`."""
+
+from pathlib import Path
+
+from feature_repo.definitions import define
+from feature_repo.views import read_views
+
+globals().update(define(read_views(Path(__file__).parent / "features")))
+'''

@@ -1,0 +1,98 @@
+"""What serving reads: one user's row through Feast's online store, many items' columns from the snapshot.
+
+In: a workspace with an applied and materialised store. Out: plain Python values per user (`UserReader`) and memory-mapped
+arrays (`Snapshot`). Feast is imported when a reader is built; the snapshot never needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from feature_repo.offline import open_store
+from feature_repo.snapshot import Snapshot, write_snapshot
+from tandem.core.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from feast import FeatureStore, FeatureView
+
+__all__ = ["Snapshot", "UserReader", "UserRow", "write_snapshot"]
+
+SERVICE: Final = "user_v1"
+_USERS_PER_READ: Final = 500
+
+
+@dataclass(frozen=True)
+class UserRow:
+    """One user's features by name (None = missing) and, by view, when they became known (None = unknown user)."""
+
+    features: dict[str, Any]
+    times: dict[str, datetime | None]
+
+
+@dataclass(frozen=True)
+class _View:
+    feature_view: FeatureView
+    names: tuple[str, ...]
+    ttl: timedelta | None
+
+
+class UserReader:
+    """Reads users' rows. Everything that the registry knows is fetched once, so that a read asks the online store only.
+
+    Feast does not apply ttl to online reads (feast#6821): a row older than its view's ttl counts as missing here.
+    """
+
+    def __init__(self, store: FeatureStore | Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """`store` is an open store or a workspace. Raises NotFoundError when nothing was applied."""
+        from feast.type_map import feast_value_type_to_python_type
+
+        from feature_repo.sqlite_store import entity_key
+
+        opened = open_store(store) if isinstance(store, Path) else store
+        self._views = _views_of(opened)
+        self._read = opened.provider.online_read
+        self._config = opened.config
+        self._now = now
+        self._key = entity_key
+        self._plain = feast_value_type_to_python_type
+        self.names: tuple[str, ...] = tuple(name for view in self._views for name in view.names)
+
+    def row(self, user_id: str) -> dict[str, Any]:
+        """All user features by name; None where one is missing, expired, or the user unknown."""
+        return self.read([user_id])[0].features
+
+    def rows(self, user_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """One dict per user id, in their order."""
+        return [each.features for each in self.read(user_ids)]
+
+    def read(self, user_ids: Sequence[str]) -> list[UserRow]:
+        """Features and their event times, one per user id, in their order."""
+        chunks = [user_ids[start : start + _USERS_PER_READ] for start in range(0, len(user_ids), _USERS_PER_READ)]
+        return [row for chunk in chunks for row in self._read_chunk(chunk)]
+
+    def _read_chunk(self, user_ids: Sequence[str]) -> list[UserRow]:
+        keys = [self._key("user_id", user_id) for user_id in user_ids]
+        rows = [UserRow(dict.fromkeys(self.names), {}) for _ in user_ids]
+        now = self._now()
+        for view in self._views:
+            answers = self._read(self._config, view.feature_view, keys, list(view.names))
+            for row, (when, values) in zip(rows, answers, strict=True):
+                row.times[view.feature_view.name] = when
+                if when is not None and not (view.ttl and now - when > view.ttl):
+                    row.features.update({name: self._plain(value) for name, value in values.items()})
+        return rows
+
+
+def _views_of(store: FeatureStore) -> list[_View]:
+    from feast.errors import FeatureServiceNotFoundException
+
+    try:
+        service = store.get_feature_service(SERVICE)
+    except FeatureServiceNotFoundException:
+        raise NotFoundError(f"no feature service {SERVICE!r} is applied; run `tandem features apply`") from None
+    chosen = [(store.get_feature_view(each.name), each) for each in service.feature_view_projections]
+    return [_View(view, tuple(f.name for f in projection.features), view.ttl or None) for view, projection in chosen]

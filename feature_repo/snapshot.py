@@ -1,0 +1,153 @@
+"""The snapshot: a columnar copy of the newest item features, read by memory map. No Feast here.
+
+In: the item views' offline tables and a moment. Out: `snapshot/<version>/` with one `.npy` per numeric feature (float64, NaN =
+missing), `items.parquet` (row order) and `manifest.json`; `snapshot/CURRENT` names the version that readers take. Versions
+are immutable; writing one never disturbs those who read another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import polars as pl
+
+from feature_repo.views import TIMESTAMP, ViewSchema, read_views
+from tandem.core.errors import InputError, IntegrityError, NotFoundError
+from tandem.core.folders import MANIFEST, content_hash, hash_files, read_json, verify_files, whole_folder, write_json, write_text
+
+CURRENT: Final = "CURRENT"
+_IDS: Final = "items.parquet"
+_KEPT: Final = 3
+_LARGEST_EXACT: Final = 2**53
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Newest numeric item features of one moment, by column. Rows are items in the order of `item_ids`."""
+
+    folder: Path
+    version: str
+    as_of: datetime
+    names: tuple[str, ...]
+    item_ids: pl.Series
+
+    @classmethod
+    def load(cls, snapshot_folder: Path, version: str | None = None) -> Snapshot:
+        """Open a version (default: CURRENT) after checking every file's hash.
+
+        Raises NotFoundError when there is none and IntegrityError when it is damaged.
+        """
+        folder = snapshot_folder / (version or _current(snapshot_folder))
+        if not (folder / MANIFEST).is_file():
+            raise NotFoundError(f"no snapshot {folder.name!r} in {snapshot_folder}; run `tandem features materialize`")
+        manifest = read_json(folder / MANIFEST)
+        verify_files(folder, manifest["files"])
+        ids = pl.read_parquet(folder / _IDS)["item_id"]
+        return cls(folder, folder.name, datetime.fromisoformat(manifest["as_of"]), tuple(manifest["names"]), ids)
+
+    def rows_of(self, ids: Sequence[str] | pl.Series) -> np.ndarray:
+        """Row of each item, `(len(ids),) int64`; -1 where the snapshot does not know it."""
+        rows = self._row_of
+        return np.fromiter((rows.get(each, -1) for each in ids), dtype=np.int64, count=len(ids))
+
+    def column(self, name: str) -> np.ndarray:
+        """One feature, `(len(item_ids),) float64`, memory-mapped; NaN where it is missing. Raises NotFoundError."""
+        if name not in self.names:
+            raise NotFoundError(f"snapshot {self.version} has no column {name!r}; it has {list(self.names)}")
+        column: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return column
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {each: row for row, each in enumerate(self.item_ids)}
+
+
+def write_snapshot(features_folder: Path, snapshot_folder: Path, as_of: datetime) -> str:
+    """Write the newest item features known at `as_of` (aware), make that version CURRENT and return its name.
+
+    A feature older than its view's ttl is missing. Equal content gives an equal version. The newest three versions are kept.
+    """
+    views = [view for view in read_views(features_folder) if view.entity == "item"]
+    table = _newest_rows(features_folder.parent, views, as_of)
+    names = [column for column in table.columns if column != "item_id"]
+    version = f"{as_of.astimezone(UTC):%Y%m%dT%H%M%S%fZ}-{_fingerprint(table, views)}"
+    if not (snapshot_folder / version / MANIFEST).is_file():
+        with whole_folder(snapshot_folder / version) as folder:
+            _write_columns(folder, table, names)
+            manifest = {"as_of": as_of.isoformat(), "names": names, "views": {view.name: view.version for view in views}}
+            write_json(folder / MANIFEST, manifest | {"files": hash_files(folder)})
+    write_text(snapshot_folder / CURRENT, version)
+    _prune(snapshot_folder, version)
+    return version
+
+
+def _newest_rows(workspace: Path, views: Sequence[ViewSchema], as_of: datetime) -> pl.DataFrame:
+    """[item_id, numeric features...] sorted by item_id; one row for every item that any view knows."""
+    _check_names(views)
+    parts = [_newest_of(workspace, view, as_of) for view in views]
+    ids = pl.concat([part.select("item_id") for part in parts] or [pl.LazyFrame(schema={"item_id": pl.String})]).unique()
+    for part in parts:
+        ids = ids.join(part, on="item_id", how="left")
+    return ids.sort("item_id").collect()
+
+
+def _newest_of(workspace: Path, view: ViewSchema, as_of: datetime) -> pl.LazyFrame:
+    path = workspace / view.path
+    rows = pl.scan_parquet(str(path / "*.parquet") if path.is_dir() else str(path), glob=path.is_dir())
+    numeric = [each.name for each in view.fields if each.is_numeric]
+    known = rows.filter(pl.col(TIMESTAMP) <= as_of, pl.col("item_id").is_not_null())
+    if view.ttl_days:
+        known = known.filter(pl.col(TIMESTAMP) >= as_of - timedelta(days=view.ttl_days))
+    newest = known.select("item_id", TIMESTAMP, *numeric).sort("item_id", TIMESTAMP, maintain_order=True)
+    return newest.unique("item_id", keep="last", maintain_order=True).drop(TIMESTAMP)
+
+
+def _check_names(views: Sequence[ViewSchema]) -> None:
+    names = [each.name for view in views for each in view.fields if each.is_numeric]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise InputError(f"two item views have features of one name: {double}; rename one")
+    odd = [name for name in names if "/" in name or name.startswith(".")]
+    if odd:
+        raise InputError(f"item features {odd} cannot be file names; rename them")
+
+
+def _write_columns(folder: Path, table: pl.DataFrame, names: Sequence[str]) -> None:
+    table.select("item_id").write_parquet(folder / _IDS)
+    for name in names:
+        np.save(folder / f"{name}.npy", _as_float(table[name]), allow_pickle=False)
+
+
+def _as_float(column: pl.Series) -> np.ndarray:
+    """float64 with NaN for null; raises IntegrityError where an integer would lose digits."""
+    if column.dtype == pl.Int64 and (column.abs() > _LARGEST_EXACT).any():
+        raise IntegrityError(f"item feature {column.name!r} holds integers beyond 2^53, which float64 would round; scale it")
+    return column.cast(pl.Float64).fill_null(float("nan")).to_numpy()
+
+
+def _fingerprint(table: pl.DataFrame, views: Sequence[ViewSchema]) -> str:
+    columns = {name: hashlib.sha256(_as_float(table[name]).tobytes()).hexdigest() for name in table.columns if name != "item_id"}
+    versions = {view.name: view.version for view in views}
+    return content_hash({"items": table["item_id"].to_list(), "columns": columns, "views": versions})[:8]
+
+
+def _current(snapshot_folder: Path) -> str:
+    path = snapshot_folder / CURRENT
+    if not path.is_file():
+        raise NotFoundError(f"no snapshot in {snapshot_folder}; run `tandem features materialize`")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _prune(snapshot_folder: Path, current: str) -> None:
+    """Remove all but the newest versions; whoever has an older one mapped keeps it until done."""
+    versions = [path for path in snapshot_folder.iterdir() if (path / MANIFEST).is_file() and path.name != current]
+    for path in sorted(versions, key=lambda each: each.stat().st_mtime)[: -(_KEPT - 1)]:
+        shutil.rmtree(path, ignore_errors=True)

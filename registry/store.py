@@ -1,0 +1,535 @@
+"""Which release is live, and why: the registry's tables behind a unit of work.
+
+In: a database address (SQLite or PostgreSQL), manifests, verdicts, names of people and their reasons. Out: frozen records. A
+promotion is one row flipped with compare-and-set: whoever expects another champion than the live one loses, and is told to whom.
+
+    with store.work() as work:          # leaving the block without commit() changes nothing
+        work.promote("b", expected="a", who="ada", why="ndcg@10 +0.01")
+        work.commit()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import CursorResult, Engine, create_engine, event, func, insert, inspect, make_url, select, update
+from sqlalchemy.engine import URL, Connection
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.orm import Session
+
+from registry.release import Manifest
+from registry.tables import TABLES_VERSION, Base, ChampionRow, GateRow, PromotionRow, ReleaseRow, TablesRow
+from tandem.core.errors import (
+    BusyError,
+    ConflictError,
+    GateRefusedError,
+    IncompatibleError,
+    InputError,
+    NotFoundError,
+    UnavailableError,
+)
+
+PROMOTE_STEPS: Final = ("begun", "checked", "flipped", "recorded", "committed")
+"""Moments in a promotion that `after` is told of: a crash before `committed` leaves the old champion, a later one the new."""
+
+_BUSY_MILLISECONDS: Final = 10_000
+_CREATE_LOCK: Final = 0x7A4D_E401  # any number that only Tandem uses: PostgreSQL's advisory lock around creating tables
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release that the registry knows. `model_version` is its version in MLflow, once it has one."""
+
+    name: str
+    content_hash: str
+    folder: Path
+    created_at: datetime
+    manifest: Manifest
+    model_version: str | None = None
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The live release. `version` goes up by one at every promotion and rollback; 0 and no name: nothing was ever live."""
+
+    name: str | None
+    version: int
+    since: datetime | None
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """A verdict as it was stored."""
+
+    number: int
+    challenger: str
+    champion: str | None
+    passed: bool
+    verdict: Mapping[str, Any]
+    judged_at: datetime
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """One line of history: who made which release live, instead of which, when, why, and by which gate."""
+
+    version: int
+    kind: str
+    previous: str | None
+    name: str
+    who: str
+    why: str
+    at: datetime
+    gate: int | None
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _nothing(step: str) -> None:
+    del step
+
+
+class Work:
+    """One transaction on the registry. Nothing lasts until `commit()`."""
+
+    def __init__(self, session: Session, clock: Callable[[], datetime], after: Callable[[str], None]) -> None:
+        self._session = session
+        self._clock = clock
+        self._after = after
+
+    def commit(self) -> None:
+        """Make everything done so far last, at once."""
+        self._session.commit()
+        self._after("committed")
+
+    def add(self, manifest: Manifest, folder: Path) -> Release:
+        """Remember a release. The same one again is fine; a name used for other content, or deleted, raises ConflictError."""
+        row = self._session.get(ReleaseRow, manifest.name)
+        if row is None:
+            row = ReleaseRow(
+                name=manifest.name,
+                content_hash=manifest.content_hash,
+                folder=str(folder),
+                manifest=manifest.to_dict(),
+                created_at=self._clock(),
+            )
+            self._session.add(row)
+            self._session.flush()
+        elif row.deleted_at is not None or row.content_hash != manifest.content_hash:
+            raise ConflictError(
+                f"the name {manifest.name!r} belongs to another release (content {row.content_hash[:12]}"
+                f"{', deleted' if row.deleted_at else ''}); names are never reused: choose another"
+            )
+        return _release(row)
+
+    def get(self, name: str) -> Release:
+        """The release called `name`, or NotFoundError."""
+        return _release(self._row(name))
+
+    def list(self) -> tuple[Release, ...]:
+        """All releases that were not deleted, oldest first."""
+        rows = select(ReleaseRow).where(ReleaseRow.deleted_at.is_(None)).order_by(ReleaseRow.created_at, ReleaseRow.name)
+        return tuple(_release(row) for row in self._session.scalars(rows))
+
+    def registered(self, name: str, model_version: str) -> None:
+        """Note under which MLflow model version a release is registered."""
+        self._row(name).model_version = model_version
+        self._session.flush()
+
+    def delete(self, name: str) -> Release:
+        """Forget a release; its history stays. The live one is refused (ConflictError). Remove the folder after the commit."""
+        champion = self._champion_row(lock=True)
+        if champion.name == name:
+            raise ConflictError(f"release {name!r} is live since {_at(champion.since)}; promote or roll back to another first")
+        row = self._row(name)
+        row.deleted_at = self._clock()
+        self._session.flush()
+        return _release(row)
+
+    def champion(self) -> Champion:
+        """The live release."""
+        row = self._champion_row()
+        return Champion(row.name, row.version, row.since)
+
+    def judged(self, challenger: str, champion: str | None, passed: bool, verdict: Mapping[str, Any]) -> GateRecord:
+        """Store what a gate said of `challenger` against `champion`."""
+        self._row(challenger)
+        row = GateRow(challenger=challenger, champion=champion, passed=passed, verdict=dict(verdict), judged_at=self._clock())
+        self._session.add(row)
+        self._session.flush()
+        return _gate(row)
+
+    def gates(self, challenger: str) -> tuple[GateRecord, ...]:
+        """Every verdict on `challenger`, oldest first."""
+        rows = select(GateRow).where(GateRow.challenger == challenger).order_by(GateRow.number)
+        return tuple(_gate(row) for row in self._session.scalars(rows))
+
+    def promote(
+        self,
+        name: str,
+        *,
+        expected: str | None,
+        who: str,
+        why: str,
+        gate: int | None = None,
+        version: int | None = None,
+    ) -> Promotion:
+        """Make `name` live instead of `expected` (None: nothing is live yet).
+
+        `gate` is the number of the verdict that allows it; `version`, where given, must be the champion's too, so that a champion
+        that went and came back is noticed. Raises ConflictError naming the winner when another champion is live, GateRefusedError
+        when the verdict said no, NotFoundError for a release that is not there.
+        """
+        self._after("begun")
+        if gate is not None:
+            self._check_gate(gate, name, expected)
+        return self._flip("promote", name, expected, version, who, why, gate)
+
+    def rollback(self, to: str | None = None, *, expected: str | None, who: str, why: str) -> Promotion:
+        """Go back to `to`, or to the champion before `expected`; twice goes back twice. Needs no gate: it was live before.
+
+        Raises ConflictError when `expected` is not live, NotFoundError when there is nothing to go back to, InputError when `to`
+        was never live.
+        """
+        self._after("begun")
+        self._champion_row(lock=True)
+        if to is None:
+            to = self.previous()
+        elif to not in {line.name for line in self.history()}:
+            raise InputError(f"release {to!r} was never live, so there is no going back to it; use `tandem release promote {to}`")
+        return self._flip("rollback", to, expected, None, who, why, None)
+
+    def previous(self) -> str:
+        """The release that a rollback would go back to, or NotFoundError. Verify its folder before going there."""
+        for name in reversed(_trail(self.history())[:-1]):
+            if self._lives(name):
+                return name
+        raise NotFoundError("no champion before this one is left to go back to; see `tandem release history`")
+
+    def history(self) -> tuple[Promotion, ...]:
+        """Every promotion and rollback, oldest first."""
+        return tuple(_promotion(row) for row in self._session.scalars(select(PromotionRow).order_by(PromotionRow.version)))
+
+    def champion_at(self, moment: datetime) -> str | None:
+        """Which release was live at `moment`, or None when none was."""
+        rows = select(PromotionRow.name).where(PromotionRow.at <= moment).order_by(PromotionRow.version.desc()).limit(1)
+        return self._session.scalar(rows)
+
+    def pinned(self, before: int = 2) -> tuple[str, ...]:
+        """The champion and the `before` champions ahead of it: their feature views must stay, so that a rollback finds them."""
+        kept = [name for name in reversed(_trail(self.history())) if self._lives(name)]
+        return tuple(kept[: before + 1])
+
+    def _flip(
+        self, kind: str, name: str, expected: str | None, version: int | None, who: str, why: str, gate: int | None
+    ) -> Promotion:
+        for value, what in ((who, "who"), (why, "why")):
+            if not value.strip():
+                raise InputError(f"{kind} of {name!r} needs {what}: the history must say it")
+        before = self._champion_row(lock=True)  # from here on no other flip and no delete comes between
+        self._row(name)
+        self._after("checked")
+        at = self._later_than(before.since)
+        if name == before.name or not self._compare_and_set(name, expected, version, at):
+            raise self._lost(name, expected)
+        self._after("flipped")
+        self._session.expire_all()
+        row = PromotionRow(
+            version=self._champion_row().version, kind=kind, previous=expected, name=name, who=who, why=why, at=at, gate=gate
+        )
+        self._session.add(row)
+        self._session.flush()
+        self._after("recorded")
+        return _promotion(row)
+
+    def _compare_and_set(self, name: str, expected: str | None, version: int | None, at: datetime) -> bool:
+        """The one statement that decides: true for exactly one caller per expected champion."""
+        flip = update(ChampionRow).where(ChampionRow.id == 1, ChampionRow.name.is_not_distinct_from(expected))
+        if version is not None:
+            flip = flip.where(ChampionRow.version == version)
+        flip = flip.values(name=name, version=ChampionRow.version + 1, since=at)
+        result = self._session.execute(flip, execution_options={"synchronize_session": False})
+        assert isinstance(result, CursorResult)
+        return result.rowcount == 1
+
+    def _lost(self, name: str, expected: str | None) -> ConflictError:
+        self._session.expire_all()
+        live = self._champion_row()
+        last = self._session.get(PromotionRow, live.version)
+        by = f" by {last.who}" if last else ""
+        if live.name is None:
+            return ConflictError(f"{name!r} was to replace {expected!r}, but nothing is live; expect no champion")
+        if live.name == name:
+            return ConflictError(f"{name!r} is live already, since {_at(live.since)}{by}")
+        return ConflictError(
+            f"{name!r} was to replace {expected or 'nothing'}, but {live.name!r} is live since {_at(live.since)}{by} "
+            f"(change {live.version}); compare with it and try again"
+        )
+
+    def _check_gate(self, number: int, name: str, expected: str | None) -> None:
+        row = self._session.get(GateRow, number)
+        if row is None or row.challenger != name:
+            raise NotFoundError(f"no gate {number} on release {name!r}; run `tandem release gate {name}`")
+        if not row.passed:
+            raise GateRefusedError(f"gate {number} refused release {name!r}: {'; '.join(row.verdict.get('sentences', []))}")
+        if row.champion != expected:
+            raise ConflictError(
+                f"gate {number} compared {name!r} with {row.champion or 'nothing'}, not with {expected or 'nothing'}; "
+                f"run `tandem release gate {name}` again"
+            )
+
+    def _lives(self, name: str) -> bool:
+        row = self._session.get(ReleaseRow, name)
+        return row is not None and row.deleted_at is None
+
+    def _row(self, name: str) -> ReleaseRow:
+        row = self._session.get(ReleaseRow, name, populate_existing=True)
+        if row is None or row.deleted_at is not None:
+            gone = f" (deleted {_at(row.deleted_at)})" if row is not None else ""
+            raise NotFoundError(f"no release {name[:80]!r}{gone}; see `tandem release list`")
+        return row
+
+    def _champion_row(self, *, lock: bool = False) -> ChampionRow:
+        return self._session.get_one(ChampionRow, 1, with_for_update=lock or None, populate_existing=True)
+
+    def _later_than(self, since: datetime | None) -> datetime:
+        """Now, but never before the last flip: clocks of two machines differ, the order of history may not."""
+        now = self._clock()
+        return now if since is None else max(now, since + timedelta(microseconds=1))
+
+
+class ReleaseStore:
+    """The registry's database. Opening creates the tables where there are none and refuses tables of another version.
+
+    `url` is SQLAlchemy's ("sqlite:////…/tandem.db", "postgresql+psycopg://…"); `after` is told of PROMOTE_STEPS. Every method
+    may raise UnavailableError (no database there) or BusyError (SQLite locked for 10 s).
+    """
+
+    def __init__(self, url: str, *, clock: Callable[[], datetime] = _now, after: Callable[[str], None] = _nothing) -> None:
+        self._engine = _engine(url)
+        self._clock = clock
+        self._after = after
+        with self._translated():
+            _open(self._engine)
+
+    def close(self) -> None:
+        """Give the database connections back."""
+        self._engine.dispose()
+
+    @contextmanager
+    def work(self) -> Iterator[Work]:
+        """A transaction that may change things; leaving it without `commit()` undoes all."""
+        with self._session(writes=True) as session:
+            yield Work(session, self._clock, self._after)
+
+    @contextmanager
+    def look(self) -> Iterator[Work]:
+        """A consistent view for reading; it never waits for a writer."""
+        with self._session(writes=False) as session:
+            yield Work(session, self._clock, self._after)
+
+    def add(self, manifest: Manifest, folder: Path) -> Release:
+        """`Work.add` in a transaction of its own."""
+        with self.work() as work:
+            release = work.add(manifest, folder)
+            work.commit()
+        return release
+
+    def get(self, name: str) -> Release:
+        """The release called `name`, or NotFoundError."""
+        with self.look() as work:
+            return work.get(name)
+
+    def list(self) -> tuple[Release, ...]:
+        """All releases that were not deleted, oldest first."""
+        with self.look() as work:
+            return work.list()
+
+    def registered(self, name: str, model_version: str) -> None:
+        """`Work.registered` in a transaction of its own."""
+        with self.work() as work:
+            work.registered(name, model_version)
+            work.commit()
+
+    def delete(self, name: str) -> Release:
+        """`Work.delete` in a transaction of its own."""
+        with self.work() as work:
+            release = work.delete(name)
+            work.commit()
+        return release
+
+    def champion(self) -> Champion:
+        """The live release."""
+        with self.look() as work:
+            return work.champion()
+
+    def judged(self, challenger: str, champion: str | None, passed: bool, verdict: Mapping[str, Any]) -> GateRecord:
+        """`Work.judged` in a transaction of its own."""
+        with self.work() as work:
+            gate = work.judged(challenger, champion, passed, verdict)
+            work.commit()
+        return gate
+
+    def gates(self, challenger: str) -> tuple[GateRecord, ...]:
+        """Every verdict on `challenger`, oldest first."""
+        with self.look() as work:
+            return work.gates(challenger)
+
+    def promote(
+        self, name: str, *, expected: str | None, who: str, why: str, gate: int | None = None, version: int | None = None
+    ) -> Promotion:
+        """`Work.promote` in a transaction of its own."""
+        with self.work() as work:
+            promotion = work.promote(name, expected=expected, who=who, why=why, gate=gate, version=version)
+            work.commit()
+        return promotion
+
+    def rollback(self, to: str | None = None, *, expected: str | None, who: str, why: str) -> Promotion:
+        """`Work.rollback` in a transaction of its own."""
+        with self.work() as work:
+            promotion = work.rollback(to, expected=expected, who=who, why=why)
+            work.commit()
+        return promotion
+
+    def previous(self) -> str:
+        """The release that a rollback would go back to, or NotFoundError."""
+        with self.look() as work:
+            return work.previous()
+
+    def history(self) -> tuple[Promotion, ...]:
+        """Every promotion and rollback, oldest first."""
+        with self.look() as work:
+            return work.history()
+
+    def champion_at(self, moment: datetime) -> str | None:
+        """Which release was live at `moment`, or None when none was."""
+        with self.look() as work:
+            return work.champion_at(moment)
+
+    def pinned(self, before: int = 2) -> tuple[str, ...]:
+        """The champion and the `before` champions ahead of it."""
+        with self.look() as work:
+            return work.pinned(before)
+
+    @contextmanager
+    def _session(self, *, writes: bool) -> Iterator[Session]:
+        bind = self._engine.execution_options(writes=writes)
+        with self._translated(), Session(bind, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """The database's own troubles in our words, without its password."""
+        where = self._engine.url.render_as_string(hide_password=True)
+        try:
+            yield
+        except OperationalError as error:
+            if "locked" in str(error.orig):
+                raise BusyError(f"{where} is locked by another writer for {_BUSY_MILLISECONDS // 1000} s; try again") from error
+            raise UnavailableError(f"{where} does not answer ({_first_line(error)}); start it, or correct its address") from error
+
+
+def _trail(history: tuple[Promotion, ...]) -> list[str]:
+    """The champions one would walk back through, oldest first: a rollback cuts the trail back to where it went."""
+    trail: list[str] = []
+    for line in history:
+        if line.kind == "rollback" and line.name in trail:
+            del trail[len(trail) - trail[::-1].index(line.name) :]
+        else:
+            trail.append(line.name)
+    return trail
+
+
+def _engine(url: str) -> Engine:
+    try:
+        address = make_url(url)
+    except ArgumentError:
+        raise InputError(
+            "the registry's address is not one that SQLAlchemy knows; use sqlite:///<file> or postgresql+psycopg://…"
+        ) from None
+    match address.get_backend_name():
+        case "sqlite":
+            return _sqlite(address)
+        case "postgresql":
+            return create_engine(address, connect_args={"connect_timeout": 5}, pool_pre_ping=True)
+        case other:
+            raise InputError(f"the registry lives in SQLite or PostgreSQL, not in {other}")
+
+
+def _sqlite(address: URL) -> Engine:
+    """SQLite that tells writers from readers: writers queue at BEGIN, so that none fails at the end of its work."""
+    if address.database and address.database != ":memory:":
+        Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(address)
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: Any) -> None:
+        del record
+        connection.isolation_level = None  # we say BEGIN ourselves
+        for pragma in (f"busy_timeout = {_BUSY_MILLISECONDS}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+
+    return engine
+
+
+def _open(engine: Engine) -> None:
+    """Create the tables where there are none, once however many come at the same time, and check their version."""
+    with engine.begin() as connection:
+        found = _version(connection)
+    if found is None:
+        with engine.execution_options(writes=True).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(select(func.pg_advisory_xact_lock(_CREATE_LOCK)))
+            found = _version(connection) or _create(connection)
+    if found != TABLES_VERSION:
+        way_out = (
+            "run `pip install --upgrade tandem-recommender`"
+            if found > TABLES_VERSION
+            else "open them with the Tandem that wrote them"
+        )
+        raise IncompatibleError(f"the registry's tables have version {found}, this Tandem needs {TABLES_VERSION}; {way_out}")
+
+
+def _version(connection: Connection) -> int | None:
+    if not inspect(connection).has_table(TablesRow.__tablename__):
+        return None
+    return connection.scalar(select(TablesRow.version))
+
+
+def _create(connection: Connection) -> int:
+    Base.metadata.create_all(connection)
+    connection.execute(insert(TablesRow).values(version=TABLES_VERSION))
+    connection.execute(insert(ChampionRow).values(id=1, version=0))
+    return TABLES_VERSION
+
+
+def _release(row: ReleaseRow) -> Release:
+    manifest = Manifest.from_dict(row.manifest, row.name)
+    return Release(row.name, row.content_hash, Path(row.folder), row.created_at, manifest, row.model_version)
+
+
+def _gate(row: GateRow) -> GateRecord:
+    return GateRecord(row.number, row.challenger, row.champion, row.passed, row.verdict, row.judged_at)
+
+
+def _promotion(row: PromotionRow) -> Promotion:
+    return Promotion(row.version, row.kind, row.previous, row.name, row.who, row.why, row.at, row.gate)
+
+
+def _at(moment: datetime | None) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC") if moment else "never"
+
+
+def _first_line(error: DBAPIError) -> str:
+    return (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]

@@ -1,0 +1,454 @@
+"""Vectors -> the k nearest by inner product. The only file that knows faiss, imported when an index is built or loaded.
+
+In: vectors (N, D) float32; row number = dense item id. Out: scores (B, k) float32 and ids (B, k) int64, best first, equal scores
+by lower id, padded with -inf and -1 only when fewer than k items are allowed. `exact_search` is the judge of every index.
+A built index never changes: searches may run from many threads at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrieval.topk import best, pack, unpack
+from tandem.core.errors import IncompatibleError, InputError, IntegrityError, NotFoundError, UnavailableError
+from tandem.core.folders import content_hash, file_hash, read_json, verify_files, whole_folder, write_json
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+MAX_K: Final = 100_000
+FLAT_BELOW: Final = 50_000
+HNSW_BELOW: Final = 200_000
+_INDEX_FILE: Final = "index.faiss"
+_CARD_FILE: Final = "index.json"
+_LINKS: Final = 32
+_GPU_MAX_K: Final = 2_048
+_QUERY_CELLS: Final = 4_000_000
+_NAMED_ROWS: Final = 10
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """`kind`: "auto", "flat", "hnsw", "ivf" or a faiss index_factory string.
+
+    Auto is exact (flat) below 50,000 vectors, HNSW below 200,000 and IVF from there on.
+
+    The index is tuned to the narrowest search whose recall@`k` on real queries reaches `target_recall`; `tuning_queries` bounds
+    how many of them are asked. `device`: "auto" uses a GPU when faiss and the machine have one, "cpu" never does.
+    """
+
+    kind: str = "auto"
+    target_recall: float = 0.98
+    k: int = 100
+    construction: int = 100
+    tuning_queries: int = 256
+    allow_empty: bool = False
+    device: Literal["auto", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_recall <= 1:
+            raise InputError(f"target_recall = {self.target_recall} is not a share in (0, 1]; 0.98 is the default")
+        if min(self.k, self.construction, self.tuning_queries) < 1:
+            raise InputError("index: k, construction and tuning_queries must each be 1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class VectorIndex:
+    """A built, tuned, immutable index. `recall` was measured against exact search; `breadth` is efSearch or nprobe."""
+
+    kind: str
+    dimension: int
+    count: int
+    recall: float
+    breadth: int
+    config: IndexConfig
+    index: Any = field(repr=False)
+    _gpu: Any = field(default=None, repr=False)
+    _gpu_turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def build(cls, vectors: Floats, config: IndexConfig | None = None, queries: Floats | None = None) -> Self:
+        """Index `vectors` (N, D) and tune on `queries` (Q, D); without queries, on a sample of the vectors themselves.
+
+        Raises InputError for NaN, infinite or no vectors and for an unknown kind, IncompatibleError for queries of another width.
+        """
+        config = config or IndexConfig()
+        vectors = _checked(vectors, "vectors")
+        if not len(vectors) and not config.allow_empty:
+            raise InputError("no vectors to index; import items first, or set allow_empty to publish an empty index")
+        kind = resolve_kind(config.kind, len(vectors))
+        index, gpu = _build_faiss(vectors, kind, config)
+        built = cls(kind, vectors.shape[1], len(vectors), 1.0, 0, config, index, gpu)
+        asked = _sample(vectors if queries is None else _checked(queries, "queries"), config.tuning_queries)
+        _check_width(asked, built.dimension)
+        return built._tuned(vectors, asked) if len(vectors) and len(asked) else built
+
+    def search(self, queries: Floats, k: int, allowed: Mask | None = None) -> tuple[Floats, Ids]:
+        """The k best items per query: scores (B, k) float32, ids (B, k) int64; `allowed` (N,) bool is applied inside the search.
+
+        Raises InputError for a NaN or infinite query or k outside 1..100,000, IncompatibleError for a wrong width or mask length.
+        """
+        _check_k(k)
+        queries = _checked(queries, "queries")
+        _check_width(queries, self.dimension)
+        allowed = _checked_mask(allowed, self.count)
+        eligible = self.count if allowed is None else int(np.count_nonzero(allowed))
+        if not eligible or not len(queries):
+            return best(np.empty((len(queries), 0), np.float32), k)
+        if self._exact_is_cheaper(eligible):
+            return self._exact(queries, k, allowed)
+        return self._search_index(queries, k, allowed, eligible)
+
+    def vectors(self, ids: Ids) -> Floats:
+        """Stored vectors (len(ids), D) float32; of a compressing kind, what it kept of them."""
+        return np.asarray(self.index.reconstruct_batch(np.asarray(ids, np.int64)), np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write index.faiss and index.json as one whole folder; an older one stays in place until the new one is complete."""
+        faiss = _faiss()
+
+        with whole_folder(folder) as partial:
+            faiss.write_index(self.index, str(partial / _INDEX_FILE))
+            card = {
+                "kind": self.kind,
+                "dimension": self.dimension,
+                "count": self.count,
+                "recall": self.recall,
+                "breadth": self.breadth,
+                "config": asdict(self.config),
+                "sha256": file_hash(partial / _INDEX_FILE),
+            }
+            write_json(partial / _CARD_FILE, {**card, "seal": content_hash(card)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote. NotFoundError without one; IntegrityError before faiss sees a damaged byte."""
+        faiss = _faiss()
+
+        card = _read_card(folder)
+        verify_files(folder, {_INDEX_FILE: card["sha256"]})
+        index = faiss.read_index(str(folder / _INDEX_FILE))
+        if (index.d, index.ntotal) != (card["dimension"], card["count"]):
+            raise IntegrityError(
+                f"{folder.name}: index.faiss holds {index.ntotal} vectors of {index.d} numbers, index.json says "
+                f"{card['count']} of {card['dimension']}; build the index again"
+            )
+        config = _read_config(card["config"])
+        gpu = _to_gpu(index, card["kind"], config)
+        return cls(card["kind"], card["dimension"], card["count"], card["recall"], card["breadth"], config, index, gpu)
+
+    def _tuned(self, vectors: Floats, queries: Floats) -> Self:
+        """Widen the search until its recall reaches the target; keep the widest where none does."""
+        k = min(self.config.k, self.count)
+        scores, _ = exact_search(vectors, queries, k)
+        tried = self
+        for breadth in _breadths(self.index, k):
+            tried = replace(self, breadth=breadth)
+            recall = tried._recall(vectors, queries, scores[:, -1:], k)
+            tried = replace(tried, recall=recall)
+            if recall >= self.config.target_recall:
+                break
+        return tried
+
+    def _recall(self, vectors: Floats, queries: Floats, worst: Floats, k: int) -> float:
+        """Share of the answers that truly score at least the k-th best score; a tie with it counts as found."""
+        _, ids = self._ask(queries, k, None, self.breadth)
+        true = np.einsum("bd,bkd->bk", queries, vectors[np.maximum(ids, 0)])
+        tolerance = 1e-5 * np.maximum(np.abs(worst), 1e-3)
+        return float(np.mean((ids >= 0) & (true >= worst - tolerance)))
+
+    def _search_index(self, queries: Floats, k: int, allowed: Mask | None, eligible: int) -> tuple[Floats, Ids]:
+        """Ask faiss, more broadly as the allowed get rarer; a row that comes back short is searched exactly."""
+        breadth = -(-self.breadth * self.count // eligible)
+        scores, ids = _padded(*self._ask(queries, min(k, self.count), allowed, breadth), k)
+        short = (ids[:, : min(k, eligible)] < 0).any(axis=1)
+        if short.any():
+            scores[short], ids[short] = self._exact(queries[short], k, allowed)
+        return scores, ids
+
+    def _ask(self, queries: Floats, k: int, allowed: Mask | None, breadth: int) -> tuple[Floats, Ids]:
+        """What faiss answers, unique and in order; -inf and -1 where it found nothing."""
+        if self._gpu is not None and allowed is None and k <= _GPU_MAX_K:
+            with self._gpu_turn:  # one GPU resource serves one search at a time
+                scores, ids = self._gpu.search(queries, k, params=_parameters(self.index, breadth, None))
+        else:
+            scores, ids = self.index.search(queries, k, params=_parameters(self.index, breadth, allowed))
+        return unpack(np.sort(pack(np.where(ids >= 0, scores, -np.inf).astype(np.float32), np.maximum(ids, 0)), axis=1))
+
+    def _exact(self, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
+        if self.kind == "Flat":
+            return _scan(self._stored(), queries, k, allowed)
+        ids = np.arange(self.count) if allowed is None else np.flatnonzero(allowed)
+        scores, places = _scan(self.vectors(ids), queries, k, None)
+        return scores, _renamed(places, ids)
+
+    def _stored(self) -> Floats:
+        """The vectors inside a flat index (N, D) float32, without a copy."""
+        flat = _innermost(self.index)
+        return np.asarray(_faiss().rev_swig_ptr(flat.get_xb(), self.count * self.dimension)).reshape(self.count, self.dimension)
+
+    def _exact_is_cheaper(self, eligible: int) -> bool:
+        """Compare a scan of the allowed vectors with the index's own work, which grows as the allowed get rarer.
+
+        A flat index on the CPU is always scanned here: in batches faiss's own scan takes several times longer.
+        """
+        if self.kind == "Flat":
+            return self._gpu is None or eligible < self.count
+        if eligible == self.count:
+            return False
+        return not _filters(self.index) or eligible * eligible <= _visited(self.index, self.breadth, self.count) * self.count
+
+
+def exact_search(vectors: Floats, queries: Floats, k: int, allowed: Mask | None = None) -> tuple[Floats, Ids]:
+    """The judge: all inner products in float32, by blocks; scores and ids (B, k), ties by lower id, -inf and -1 as padding."""
+    _check_k(k)
+    vectors, queries = _checked(vectors, "vectors"), _checked(queries, "queries")
+    _check_width(queries, vectors.shape[1])
+    return _scan(vectors, queries, k, _checked_mask(allowed, len(vectors)))
+
+
+def _scan(vectors: Floats, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
+    """Few allowed vectors are gathered first; where most are allowed, the others' scores are struck out instead."""
+    if allowed is not None and 2 * np.count_nonzero(allowed) < len(vectors):
+        places = np.flatnonzero(allowed)
+        scores, found = _scan(vectors[places], queries, k, None)
+        return scores, _renamed(found, places)
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    ids = np.full((len(queries), k), -1, np.int64)
+    step = max(1, _QUERY_CELLS // max(len(vectors), 1))
+    for start in range(0, len(queries) if len(vectors) else 0, step):
+        products = queries[start : start + step] @ vectors.T
+        if allowed is not None:
+            products[:, ~allowed] = -np.inf
+        scores[start : start + step], ids[start : start + step] = best(products, k)
+    return scores, ids
+
+
+def _renamed(places: Ids, ids: Ids) -> Ids:
+    """`ids` at the places found, -1 where nothing was."""
+    return np.where(places >= 0, ids[np.maximum(places, 0)], -1) if len(ids) else places
+
+
+def resolve_kind(kind: str, count: int) -> str:
+    """The index_factory string for `kind` over `count` vectors."""
+    lists = 1 << max(0, int(np.log2(max(min(4 * count**0.5, count / 39), 1))))
+    named = {"flat": "Flat", "hnsw": f"HNSW{_LINKS},Flat", "ivf": f"IVF{lists},Flat"}
+    if not count:
+        return "Flat"
+    if kind == "auto":
+        kind = "flat" if count < FLAT_BELOW else "hnsw" if count < HNSW_BELOW else "ivf"
+    if "IDMap" in kind:
+        raise InputError(f"index kind {kind!r} renames ids; rows are ids here: leave IDMap out")
+    return named.get(kind.lower(), kind)
+
+
+def _faiss() -> Any:
+    """The library, imported at the first use. Its stubs know half of it, hence Any."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UnavailableError(f"faiss is not installed ({error}); pip install 'tandem-recommender[cpu]' or '[gpu]'") from None
+    return faiss
+
+
+def _build_faiss(vectors: Floats, kind: str, config: IndexConfig) -> tuple[Any, Any]:
+    """(CPU index, GPU copy or None). One thread for HNSW, whose graph otherwise depends on how threads interleave."""
+    faiss = _faiss()
+
+    try:
+        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise InputError(
+            f"index kind {kind!r} is not a faiss index_factory string ({reason}); use auto, flat, hnsw or ivf"
+        ) from None
+    graph = _innermost(index)
+    if isinstance(graph, faiss.IndexHNSW):
+        graph.hnsw.efConstruction = config.construction
+    gpu = _to_gpu(index, kind, config)
+    with _threads(1 if isinstance(graph, faiss.IndexHNSW) else faiss.omp_get_max_threads()):
+        _fill(index if gpu is None else gpu, vectors, kind)
+    if gpu is not None:
+        index = faiss.index_gpu_to_cpu(gpu)
+    if isinstance(_innermost(index), faiss.IndexIVF):
+        _innermost(index).make_direct_map()
+    return index, gpu
+
+
+def _fill(index: Any, vectors: Floats, kind: str) -> None:
+    try:
+        if not index.is_trained and len(vectors):
+            index.train(vectors)
+        index.add(vectors)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise InputError(f"index kind {kind!r} does not take {len(vectors)} vectors ({reason}); use auto, flat or hnsw") from None
+
+
+def _to_gpu(index: Any, kind: str, config: IndexConfig) -> Any:
+    """A GPU copy of a flat or IVF index where faiss and the machine have a GPU; None elsewhere."""
+    faiss = _faiss()
+
+    able = config.device == "auto" and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+    if not able or not (kind == "Flat" or kind.startswith("IVF")):
+        return None
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def _innermost(index: Any) -> Any:
+    """The index below its transforms and refinements: the one that has efSearch or nprobe."""
+    faiss = _faiss()
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _innermost(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return _innermost(index.base_index)
+    return index
+
+
+def _parameters(index: Any, breadth: int, allowed: Mask | None) -> Any:
+    """Search parameters of one call, nested as the index is: nothing in the shared index is set."""
+    faiss = _faiss()
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_parameters(index.index, breadth, allowed))
+    if isinstance(index, faiss.IndexRefine):
+        inner = _parameters(index.base_index, breadth, allowed)
+        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+    chosen = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=min(max(breadth, 1), index.nlist), **chosen)
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=min(max(breadth, 1), index.ntotal), **chosen)
+    return faiss.SearchParameters(**chosen) if chosen else None
+
+
+def _breadths(index: Any, k: int) -> Sequence[int]:
+    """Search widths to try, narrow first; one that is meaningless (0) for an index that has none."""
+    faiss = _faiss()
+
+    inner = _innermost(index)
+    if isinstance(inner, faiss.IndexIVF):
+        return _doubling(1, inner.nlist)
+    if isinstance(inner, faiss.IndexHNSW):
+        return _doubling(min(max(k, 16), index.ntotal), index.ntotal)
+    return [0]
+
+
+def _filters(index: Any) -> bool:
+    """Can this kind leave items out while it searches? The others are searched exactly when there is a filter."""
+    faiss = _faiss()
+    inner = _innermost(index)
+    return isinstance(inner, (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat, faiss.IndexScalarQuantizer))
+
+
+def _visited(index: Any, breadth: int, count: int) -> int:
+    """About how many vectors one unfiltered search looks at."""
+    faiss = _faiss()
+
+    inner = _innermost(index)
+    if isinstance(inner, faiss.IndexIVF):
+        return breadth * count // int(inner.nlist)
+    if isinstance(inner, faiss.IndexHNSW):
+        return breadth * _LINKS
+    return count // 8  # a linear scan of codes: decoding and gathering pays off when few are left
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    widths = [first]
+    while widths[-1] < last:
+        widths.append(min(widths[-1] * 2, last))
+    return widths
+
+
+def _padded(scores: Floats, ids: Ids, k: int) -> tuple[Floats, Ids]:
+    missing = ((0, 0), (0, k - ids.shape[1]))
+    return np.pad(scores, missing, constant_values=-np.inf), np.pad(ids, missing, constant_values=-1)
+
+
+def _sample(rows: Floats, limit: int) -> Floats:
+    """At most `limit` rows, evenly spaced."""
+    if len(rows) <= limit:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    faiss = _faiss()
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    path = folder / _CARD_FILE
+    if not path.is_file():
+        raise NotFoundError(f"no index in {folder}; build one with `tandem train towers`")
+    try:
+        card = read_json(path)
+        seal = card.pop("seal")
+    except (ValueError, KeyError, AttributeError):
+        raise IntegrityError(f"{folder.name}: {_CARD_FILE} is damaged; build the index again") from None
+    if seal != content_hash(card):
+        raise IntegrityError(f"{folder.name}: {_CARD_FILE} does not match its own seal; build the index again")
+    return dict(card)
+
+
+def _read_config(values: dict[str, Any]) -> IndexConfig:
+    try:
+        return IndexConfig(**values)
+    except TypeError as error:
+        raise IncompatibleError(f"index.json was written by another version of Tandem ({error}); build the index again") from None
+
+
+def _checked(rows: Floats, what: str) -> Floats:
+    """`rows` as contiguous float32 (n, D) without NaN or infinity."""
+    array = np.ascontiguousarray(rows, np.float32)
+    if array.ndim != 2 or not array.shape[1]:
+        raise InputError(f"{what} have shape {array.shape}; give (rows, numbers per row)")
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        more = f" and {len(bad) - _NAMED_ROWS} more" if len(bad) > _NAMED_ROWS else ""
+        raise InputError(
+            f"{what} hold NaN or infinity in rows {bad[:_NAMED_ROWS].tolist()}{more}; leave those rows out or train again"
+        )
+    return array
+
+
+def _check_width(queries: Floats, dimension: int) -> None:
+    if queries.shape[1] != dimension:
+        raise IncompatibleError(
+            f"queries have {queries.shape[1]} numbers but the index holds {dimension}; use the towers that filled it"
+        )
+
+
+def _check_k(k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= MAX_K:
+        raise InputError(f"k = {k!r} is outside 1..{MAX_K:,}; ask for a whole number in that range")
+
+
+def _checked_mask(allowed: Mask | None, count: int) -> Mask | None:
+    if allowed is None:
+        return None
+    mask = np.asarray(allowed)
+    if mask.dtype != np.bool_ or mask.shape != (count,):
+        raise IncompatibleError(
+            f"allowed has shape {mask.shape} of {mask.dtype}, the index holds {count} items; give ({count},) bool"
+        )
+    return None if mask.all() else mask

@@ -1,0 +1,320 @@
+"""The HTTP service: parse, call, serialise. What is computed is computed by the recommender, in threads of its own.
+
+In: settings and, for tests and embedding, an open recommender. Out: a FastAPI application.
+
+    GET  /                                     a page to try it
+    POST /v1/recommend  /v1/similar            slates
+    GET  /v1/why  /v1/releases  /v1/metrics    what happened to an item, what is there, Prometheus
+    GET  /v1/healthz  /v1/readyz               open to everybody: the process runs; it takes requests
+
+Readiness goes off first at SIGTERM; the port stays open for `DRAIN_SECONDS` more, so that nobody is sent to a closed door.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from tandem.core.errors import InputError
+from tandem.service.problems import BAD_HOST, BAD_KEY, INVALID, NO_KEY, STARTING, Guard, Refused, install, log_line, request_id_of
+from tandem.service.recommend import Recommender, Slate
+from tandem.service.schemas import (
+    FieldProblem,
+    HealthAnswer,
+    Id,
+    ProblemAnswer,
+    RecommendBody,
+    ReleaseAnswer,
+    ReleasesAnswer,
+    SimilarBody,
+    SlateAnswer,
+    WhyAnswer,
+)
+from tandem.service.settings import Settings, load_settings
+
+DRAIN_SECONDS: Final = 1.0
+_LOCAL_NAMES: Final = ("127.0.0.1", "localhost", "::1")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_PAGE: Final = Path(__file__).with_name("page.html")
+_PAGE_POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
+)
+_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+Phase = Literal["starting", "ready", "draining"]
+
+
+class Metrics:
+    """What Prometheus reads. Labels are routes, stages and reasons: never ids."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("tandem_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        self.seconds = Histogram("tandem_request_seconds", "Whole request", ["route"], registry=self.registry, buckets=_BUCKETS)
+        self.stages = Histogram(
+            "tandem_stage_seconds", "One stage of a slate", ["stage"], registry=self.registry, buckets=_BUCKETS
+        )
+        self.degraded = Counter("tandem_degraded", "Slates that fell back", ["reason"], registry=self.registry)
+        self.release = Gauge("tandem_release_info", "1 for the release that answers", ["release"], registry=self.registry)
+        self.ready = Gauge("tandem_ready", "1 while the service takes requests", registry=self.registry)
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        self.requests.labels(route, str(status)).inc()
+        self.seconds.labels(route).observe(seconds)
+
+    def slate(self, slate: Slate) -> None:
+        for stage, milliseconds in slate.took_ms.items():
+            self.stages.labels(stage).observe(milliseconds / 1000)
+        for reason in slate.degraded:
+            self.degraded.labels(reason).inc()
+
+
+class Service:
+    """What the routes share: settings, the recommender once it is open, metrics, and whether to send requests here."""
+
+    def __init__(self, settings: Settings, recommender: Recommender | None) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.phase: Phase = "starting"
+        self._recommender = recommender
+        self._opened_here = recommender is None
+
+    @property
+    def recommender(self) -> Recommender:
+        if self._recommender is None:
+            raise Refused(STARTING)
+        return self._recommender
+
+    @property
+    def release(self) -> str | None:
+        return self._recommender.release if self._recommender else None
+
+    def open(self) -> None:
+        """Load the champion unless a recommender was given, and go ready."""
+        if self._recommender is None:
+            from tandem.service.wiring import open_recommender
+
+            self._recommender = open_recommender(self.settings)
+        self.metrics.release.labels(self._recommender.release).set(1)
+        self.turn("ready")
+
+    def turn(self, phase: Phase) -> None:
+        self.phase = phase
+        self.metrics.ready.set(phase == "ready")
+        log_line(phase, release=self.release)
+
+    def close(self) -> None:
+        self.turn("draining")
+        if self._opened_here and self._recommender is not None:
+            self._recommender.close()
+
+    def checked(self, k: int) -> int:
+        """`k`, refused above the service's limit."""
+        limit = self.settings.service.max_k
+        if k > limit:
+            too_many = FieldProblem(
+                field="body.k", reason="less_than_equal", message=f"Input should be less than or equal to {limit}"
+            )
+            raise Refused(INVALID, [too_many])
+        return k
+
+
+def service_of(request: Request) -> Service:
+    """The service that a request came to."""
+    service: Service = request.app.state.service
+    return service
+
+
+Here = Annotated[Service, Depends(service_of)]
+
+
+def known_host(request: Request, service: Here) -> None:
+    """Refuse host names that are not ours: a web page may point its own name at a loopback address."""
+    allowed = allowed_hosts(service.settings)
+    name = request.url.hostname or ""
+    if "*" not in allowed and not any(name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in allowed):
+        raise Refused(BAD_HOST)
+
+
+def key_given(request: Request, service: Here) -> None:
+    """Refuse a request without one of the service's keys, where it has keys. Compared as hashes, in constant time."""
+    hashes = service.settings.service.keys
+    if not hashes:
+        return
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    if not key:
+        raise Refused(NO_KEY, headers={"www-authenticate": "Bearer"})
+    given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    if not any([hmac.compare_digest(given, each.lower()) for each in hashes]):
+        raise Refused(BAD_KEY)
+
+
+_PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ProblemAnswer} for status in (401, 403, 404, 413, 422, 503)
+}
+open_routes = APIRouter(tags=["health"])
+routes = APIRouter(prefix="/v1", dependencies=[Depends(key_given)], responses=_PROBLEMS)
+
+
+@open_routes.get("/", include_in_schema=False)
+def page() -> HTMLResponse:
+    """A page to try the service by hand."""
+    return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
+
+
+@open_routes.get("/healthz", include_in_schema=False)
+@open_routes.get("/v1/healthz")
+async def healthz(service: Here) -> HealthAnswer:
+    """The process runs."""
+    return HealthAnswer(status="ok", release=service.release)
+
+
+@open_routes.get("/readyz", include_in_schema=False, response_model=HealthAnswer)
+@open_routes.get("/v1/readyz", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}})
+async def readyz(service: Here) -> Response:
+    """200 while requests should be sent here, 503 while it starts or drains."""
+    answer = HealthAnswer(status=service.phase, release=service.release)
+    return JSONResponse(answer.model_dump(), 200 if service.phase == "ready" else 503)
+
+
+@routes.post("/recommend")
+def recommend(body: RecommendBody, request: Request, service: Here) -> SlateAnswer:
+    """A slate for any mix of user, session and sentence."""
+    service.checked(body.k)
+    slate = service.recommender.recommend(body.ask(request_id_of(request.scope)))
+    service.metrics.slate(slate)
+    return SlateAnswer.of(slate)
+
+
+@routes.post("/similar")
+def similar(body: SimilarBody, service: Here) -> SlateAnswer:
+    """Items like one item."""
+    slate = service.recommender.similar(body.item_id, service.checked(body.k))
+    service.metrics.slate(slate)
+    return SlateAnswer.of(slate)
+
+
+@routes.get("/why")
+def why(user_id: Annotated[Id, Query()], item_id: Annotated[Id, Query()], service: Here) -> WhyAnswer:
+    """Which stage kept or dropped an item for a user."""
+    return WhyAnswer.of(service.recommender.why(user_id, item_id))
+
+
+@routes.get("/releases")
+def releases(service: Here) -> ReleasesAnswer:
+    """All releases, which one is the champion, and which one answers here."""
+    from registry.store import ReleaseStore
+
+    store = ReleaseStore(service.settings.registry_url)
+    try:
+        champion, known = store.champion().name, store.list()
+    finally:
+        store.close()
+    rows = tuple(
+        ReleaseAnswer(
+            name=each.name, content_hash=each.content_hash, created_at=each.created_at.isoformat(), live=each.name == champion
+        )
+        for each in known
+    )
+    return ReleasesAnswer(serving=service.recommender.release, champion=champion, releases=rows)
+
+
+@routes.get("/metrics", response_class=Response)
+def metrics(service: Here) -> Response:
+    """Prometheus text."""
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def create_app(settings: Settings, recommender: Recommender | None = None) -> FastAPI:
+    """The application. Without a `recommender` it opens the champion at start, and closes it at the end.
+
+    Raises InputError when a key is not a SHA-256 hash, or when there are no keys and `service.host` is not a loopback address.
+    """
+    check_keys(settings)
+    app = FastAPI(title="Tandem", version="1", lifespan=_life, docs_url=None, redoc_url=None, dependencies=[Depends(known_host)])
+    app.state.service = service = Service(settings, recommender)
+    app.include_router(open_routes)
+    app.include_router(routes)
+    app.add_api_route("/metrics", metrics, include_in_schema=False, dependencies=[Depends(key_given)], response_class=Response)
+    install(app)
+    app.add_middleware(Guard, limit=settings.service.max_body_bytes, seen=service.metrics.request)
+    return app
+
+
+def from_environment() -> FastAPI:
+    """The application for servers that start it by name: settings of $TANDEM_HOME."""
+    return create_app(load_settings())
+
+
+def is_loopback(host: str) -> bool:
+    """Does `host` name this machine only?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_keys(settings: Settings) -> None:
+    """Raise InputError unless the keys are hashes and, beyond a loopback address, there is one."""
+    for key in settings.service.keys:
+        if not _SHA256.fullmatch(key.lower()):
+            raise InputError(
+                'service.keys holds something that is not a SHA-256 hash; write 64 hex digits: printf %s "$KEY" | sha256sum'
+            )
+    if not settings.service.keys and not is_loopback(settings.service.host):
+        raise InputError(
+            f"service.host = {settings.service.host!r} is open to others and service.keys is empty; "
+            "add the hash of an API key, or bind to 127.0.0.1"
+        )
+
+
+def allowed_hosts(settings: Settings) -> tuple[str, ...]:
+    """Host names answered to. Without keys, and unless settings name others, only this machine's own."""
+    hosts = settings.service.allowed_hosts
+    return _LOCAL_NAMES if not settings.service.keys and "*" in hosts else hosts
+
+
+@asynccontextmanager
+async def _life(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    await run_in_threadpool(service.open)
+    with _unready_at_sigterm(service):
+        yield
+    await run_in_threadpool(service.close)
+
+
+@contextmanager
+def _unready_at_sigterm(service: Service) -> Iterator[None]:
+    """Put ourselves before the server's own handler: readiness off now, its handler `DRAIN_SECONDS` later; a second signal is at once."""
+    stop = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(stop):
+        yield
+        return
+
+    def drain(number: int, frame: FrameType | None) -> None:
+        if service.phase == "draining":
+            stop(number, frame)
+            return
+        service.turn("draining")
+        threading.Timer(DRAIN_SECONDS, stop, (number, None)).start()
+
+    signal.signal(signal.SIGTERM, drain)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,165 @@
+"""User rows, candidates and item columns -> the ranker's feature matrix. One function for training and serving.
+
+Offline the rows come from the as-of join, online from Feast and the snapshot; from here on both take the same path, so what the
+ranker saw in training is what it sees in a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from feature_repo.crosses import ItemColumns, RequestColumns, cross_columns
+from retrieval.candidates import Candidates
+from retrieval.retriever import Retriever
+
+SOURCE_COLUMNS: Final = ("covisit", "popular", "history")
+"""Candidate sources whose score is a feature beside the towers' own."""
+
+WITHIN_REQUEST: Final = ("tower_score", "covisit_score", "popularity", "similarity_max", "similarity_mean", "item_events_30d")
+"""Columns that the ranker also sees relative to the other candidates of the request."""
+
+_LISTS: Final = frozenset({"history_items", "history_times", "history_values", "top_categories", "category_shares"})
+_CATEGORIES: Final = 8
+_TOP: Final = 16
+_NO_ITEM: Final = -1
+
+
+@dataclass(frozen=True)
+class CatalogueColumns:
+    """What the ranker knows of the catalogue beside its features, by dense id."""
+
+    items: ItemColumns
+    category_code: dict[str, int]
+
+    @classmethod
+    def of(cls, retriever: Retriever) -> CatalogueColumns:
+        categories = retriever.items["categories"].to_list()
+        names = sorted({name for row in categories for name in row})
+        code = {name: number for number, name in enumerate(names)}
+        table = np.full((len(categories), _CATEGORIES), -1, np.int64)
+        for row, own in enumerate(categories):
+            kept = [code[name] for name in dict.fromkeys(own)][:_CATEGORIES]
+            table[row, : len(kept)] = kept
+        price = retriever.items["price"].cast(pl.Float64).to_numpy() if "price" in retriever.items.columns else None
+        available = retriever.items["available_from"].dt.epoch("us").fill_null(-1).to_numpy()
+        return cls(ItemColumns(table, price, np.ascontiguousarray(retriever.towers.text_vectors), available), code)
+
+
+@dataclass(frozen=True)
+class Users:
+    """R requests' user side: numeric features (R, F) by name, and what the crosses read. Histories are dense item ids."""
+
+    names: tuple[str, ...]
+    numbers: NDArray[np.float32]
+    context: RequestColumns
+
+    @property
+    def histories(self) -> NDArray[np.int64]:
+        return self.context.history
+
+
+class Assembler:
+    """Builds feature matrices for one retriever's catalogue; stateless but for what it derives from it once."""
+
+    def __init__(self, retriever: Retriever, user_names: Sequence[str], item_names: Sequence[str], history_length: int) -> None:
+        self.retriever = retriever
+        self.catalogue = CatalogueColumns.of(retriever)
+        self.user_names = tuple(name for name in user_names if name not in _LISTS and not name.endswith("_time"))
+        self.item_names = tuple(name for name in item_names if not name.endswith(("_time", "_from")))
+        self.history_length = history_length
+
+    @cached_property
+    def popularity(self) -> NDArray[np.float32]:
+        """log(1 + training users) of every item."""
+        return np.log1p(self.retriever.counts).astype(np.float32)
+
+    def users(self, rows: Sequence[Mapping[str, Any]], times_us: NDArray[np.int64]) -> Users:
+        """`rows`: user features by name, None where missing; `times_us` (R,): the moments asked about."""
+        histories = [self._history(row) for row in rows]
+        width = max([1, *(len(items) for items, _ in histories)])
+        history = np.full((len(rows), width), _NO_ITEM, np.int64)
+        history_times = np.full((len(rows), width), _NO_ITEM, np.int64)
+        codes = np.full((len(rows), _TOP), -1, np.int64)
+        shares = np.zeros((len(rows), _TOP), np.float32)
+        for place, (row, (items, times)) in enumerate(zip(rows, histories, strict=True)):
+            if items:
+                history[place, width - len(items) :] = items
+                history_times[place, width - len(items) :] = times
+            for slot, (name, share) in enumerate(
+                zip(row.get("top_categories") or (), row.get("category_shares") or (), strict=False)
+            ):
+                if slot < _TOP:
+                    codes[place, slot] = self.catalogue.category_code.get(name, -1)
+                    shares[place, slot] = share
+        last = np.array([_or(row.get("user_last_time"), -1) for row in rows], np.int64)
+        numbers = np.array([[_number(row.get(name)) for name in self.user_names] for row in rows], np.float32)
+        context = RequestColumns(times_us, history, history_times, last, codes, shares)
+        return Users(self.user_names, numbers.reshape(len(rows), len(self.user_names)), context)
+
+    def _history(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        items, times = row.get("history_items") or (), row.get("history_times") or ()
+        known = [
+            (self.retriever.row_of[item], time) for item, time in zip(items, times, strict=True) if item in self.retriever.row_of
+        ]
+        return [item for item, _ in known[-self.history_length :]], [time for _, time in known[-self.history_length :]]
+
+    def features(
+        self, users: Users, found: Candidates, tower: NDArray[np.float32], item_columns: Mapping[str, NDArray[Any]]
+    ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+        """(P, F) float32 and its F column names, for the P real candidates in row-major order (`pairs`).
+
+        `tower` (R, k) scores of all candidates; `item_columns` name -> (P,) values as known at each request's time.
+        """
+        request, item = pairs(found)
+        empty = np.full(len(item), np.nan)
+        crosses = cross_columns(
+            users.context,
+            self.catalogue.items,
+            request,
+            item,
+            item_first_time=item_columns.get("item_first_time", empty),
+            item_last_time=item_columns.get("item_last_time", empty),
+        )
+        here = found.ids >= 0
+        columns: dict[str, NDArray[Any]] = {
+            "tower_score": tower[here],
+            "tower_rank": _ranks(tower)[here],
+            "popularity": self.popularity[item],
+        }
+        for source in SOURCE_COLUMNS:
+            if source in found.scores:
+                columns[f"{source}_score"] = np.nan_to_num(found.scores[source], nan=0.0)[here]
+        columns |= dict(crosses.items())
+        columns |= {name: users.numbers[request, place] for place, name in enumerate(users.names)}
+        columns |= {name: item_columns[name] for name in self.item_names}
+        matrix = np.stack([np.asarray(column, np.float32) for column in columns.values()], axis=1)
+        return matrix, tuple(columns)
+
+
+def pairs(found: Candidates) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(request (P,), dense item (P,)) of every real candidate, request by request."""
+    request, column = np.nonzero(found.ids >= 0)
+    return request.astype(np.int64), found.ids[request, column]
+
+
+def _ranks(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rank of every score within its row, best 0, as log(1 + rank); padding last."""
+    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(scores.shape[1])[None, :], axis=1)
+    return np.log1p(ranks).astype(np.float32)
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None or isinstance(value, str) else float(value)
+
+
+def _or(value: Any, other: int) -> int:
+    return other if value is None else int(value)

@@ -1,0 +1,27 @@
+"""What a recipe hands back: one sentence, the figures, a table for people, and the next command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows for a terminal; numbers are formatted by whoever prints."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`made`: what was made, in a sentence. `data`: the same for programs (JSON-able). `next`: the command that follows."""
+
+    made: str
+    data: dict[str, Any] = field(default_factory=dict)
+    table: Table | None = None
+    next: str = ""

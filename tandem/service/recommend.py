@@ -1,0 +1,438 @@
+"""The online spine: request -> user row + history -> query -> candidates -> item columns -> predictions -> utility -> rerank -> slate -> log.
+
+In: an `Ask`. Out: a `Slate`, always: each stage is timed under its own name and has a named fallback, and the slate says what degraded.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from feature_repo.served import ServedLog
+from feature_repo.snapshot import Snapshot
+from ranking.explain import Evidence, reason
+from ranking.rerank import by_score, explore, mmr
+from ranking.train import Ranker
+from retrieval.candidates import Candidates
+from retrieval.retriever import Queries, Retriever
+from tandem.core.errors import InputError, NotFoundError
+from tandem.core.schema import check_id
+from tandem.service.assemble import Assembler, Users, pairs
+from tandem.service.settings import RerankSettings
+
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+_NO_CATEGORY: Final = "category"
+
+
+class UserRows(Protocol):
+    """Reads one user's features by name; every value None for an unknown user."""
+
+    def row(self, user_id: str) -> Mapping[str, Any]: ...
+
+
+class SeenItems(Protocol):
+    """Everything that a user has already had, as item ids; the history that features carry is only its end."""
+
+    def of(self, user_id: str) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted: any mix of a person, a session (item ids, oldest first) and a sentence, with filters."""
+
+    user_id: str | None = None
+    session: tuple[str, ...] = ()
+    query: str | None = None
+    k: int = 10
+    categories: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    context: Mapping[str, str] = field(default_factory=dict)
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class SlateItem:
+    """One answer: predictions are calibrated probabilities by task, `score` is what it was ranked by (higher is better)."""
+
+    item_id: str
+    title: str
+    categories: tuple[str, ...]
+    score: float
+    predictions: dict[str, float]
+    reason: str
+    reason_code: str
+    source: str
+    position: int
+    propensity: float
+
+
+@dataclass(frozen=True)
+class Slate:
+    """The ordered answer. `degraded` names every fallback that was taken; `took_ms` has one entry per stage and `total`."""
+
+    items: tuple[SlateItem, ...]
+    release: str
+    request_id: str
+    degraded: tuple[str, ...]
+    took_ms: dict[str, float]
+    cold_start: bool = False
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Why:
+    """What became of one item for one user: `stages` are (stage, what happened, rank from 1, score)."""
+
+    user_id: str
+    item_id: str
+    title: str
+    verdict: str
+    stages: tuple[tuple[str, str, int | None, float | None], ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recommender is built from; `wiring.py` opens them."""
+
+    release: str
+    retriever: Retriever
+    ranker: Ranker
+    assembler: Assembler
+    snapshot: Snapshot | None
+    users: UserRows | None
+    seen: SeenItems | None
+    encode: Encode | None
+    log: ServedLog | None
+    config: Any
+    rerank: RerankSettings
+    views: str
+
+
+class _Clock:
+    """Times stages by name, and collects what degraded."""
+
+    def __init__(self) -> None:
+        self.took: dict[str, float] = {}
+        self.degraded: list[str] = []
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str, fallback: str | None = None) -> Iterator[None]:
+        """Time a block. With a `fallback`, a failure is recorded under that name and the block's default result stands."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (InputError, NotFoundError):
+            raise
+        except Exception:
+            if fallback is None:
+                raise
+            self.degraded.append(fallback)
+        finally:
+            self.took[name] = round((time.perf_counter() - start) * 1000, 3)
+
+    def total(self) -> dict[str, float]:
+        return self.took | {"total": round((time.perf_counter() - self._start) * 1000, 3)}
+
+
+class Recommender:
+    """One loaded release that answers; immutable, shared between threads. `wiring.open_recommender` makes one."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.release = parts.release
+        self._titles = parts.retriever.items["title"].to_list()
+        self._categories = parts.retriever.items["categories"].to_list()
+        self._snapshot_rows = None if parts.snapshot is None else parts.snapshot.rows_of(parts.retriever.item_ids)
+        self._popularity = _percentiles(parts.retriever.counts)
+        self._rng = np.random.default_rng()
+
+    def recommend(self, ask: Ask, now: datetime | None = None) -> Slate:
+        """The spine. Unknown users, items and words are answered; raises InputError only for an ask that means nothing."""
+        ask, now = _checked(ask), now or datetime.now(UTC)
+        clock = _Clock()
+        users, cold = self._user(ask, now, clock)
+        sentence = self._sentence(ask, clock)
+        queries = self._queries(ask, users, sentence, now)
+        found, tower = self._candidates(queries, ask, clock)
+        features, names = self._features(users, found, tower, clock)
+        scores, predictions = self._predict(found, tower, features, names, clock)
+        order, propensity = self._rerank(found, scores, ask.k, clock)
+        items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
+        slate = self._slate(ask, items, cold, clock)
+        self._log(ask, slate, now)
+        return slate
+
+    def similar(self, item_id: str, k: int = 10, now: datetime | None = None) -> Slate:
+        """The items nearest to one. Raises NotFoundError for an item that the release does not hold."""
+        retriever, clock = self._parts.retriever, _Clock()
+        item = self._row(item_id)
+        with clock.stage("similar"):
+            rows, scores = retriever.similar(item, k, retriever.available(_us(now or datetime.now(UTC))))
+        title = self._titles[item]
+        items = tuple(
+            SlateItem(
+                retriever.item_ids[row], self._titles[row], tuple(self._categories[row]), float(score), {},
+                f"Similar to {title}", "similar_to", "towers", place + 1, 1.0,
+            )
+            for place, (row, score) in enumerate(zip(rows.tolist(), scores, strict=True))
+        )  # fmt: skip
+        return Slate(items, self.release, uuid.uuid4().hex, (), clock.total())
+
+    def why(self, user_id: str, item_id: str, now: datetime | None = None) -> Why:
+        """Which stage dropped the item for this user, or at what rank and score it passed each of them."""
+        item, now, clock = self._row(item_id), now or datetime.now(UTC), _Clock()
+        ask = _checked(Ask(user_id=user_id))
+        users, _ = self._user(ask, now, clock)
+        queries = self._queries(ask, users, None, now)
+        traced = self._parts.retriever.trace(queries, item, self._parts.config)
+        stages: list[tuple[str, str, int | None, float | None]] = [
+            ("filters", "removed" if traced.removed in queries.filters or traced.removed == "excluded" else "kept", None, None)
+        ]
+        stages += [(f"candidates: {name}", "found", rank + 1, score) for name, (rank, score) in traced.found.items()]
+        if traced.removed is not None:
+            return Why(user_id, item_id, self._titles[item], _removed(traced.removed), tuple(stages))
+        found, tower = self._candidates(queries, ask, clock)
+        features, names = self._features(users, found, tower, clock)
+        scores, predictions = self._predict(found, tower, features, names, clock)
+        place = int(np.flatnonzero(found.ids[0] == item)[0])
+        rank = int((scores > scores[place]).sum()) + 1
+        slate, _ = self._rerank(found, scores, 10, clock)
+        shown = np.flatnonzero(slate == place)
+        stages.append(
+            ("ranker", _spoken({name: float(values[place]) for name, values in predictions.items()}), rank, float(scores[place]))
+        )
+        stages.append(
+            ("slate", "shown" if len(shown) else "not among the first 10", int(shown[0]) + 1 if len(shown) else None, None)
+        )
+        verdict = (
+            f"shown at position {int(shown[0]) + 1}"
+            if len(shown)
+            else f"ranked {rank} of {len(scores)} candidates: not among the first 10"
+        )
+        return Why(user_id, item_id, self._titles[item], verdict, tuple(stages))
+
+    def close(self) -> None:
+        """Write what the served-log still holds."""
+        if self._parts.log is not None:
+            self._parts.log.close()
+
+    # ------------------------------------------------------------------------------------------------------------- stages
+
+    def _user(self, ask: Ask, now: datetime, clock: _Clock) -> tuple[Users, bool]:
+        """The user's features with the session's items behind their history; an unknown user has only the session."""
+        row: dict[str, Any] = {}
+        with clock.stage("user", "user_features_unavailable"):
+            if ask.user_id is not None and self._parts.users is not None:
+                row = dict(self._parts.users.row(ask.user_id))
+        cold = not row.get("history_items")
+        if ask.session:
+            row["history_items"] = [*(row.get("history_items") or ()), *ask.session]
+            row["history_times"] = [*(row.get("history_times") or ()), *[_us(now)] * len(ask.session)]
+        return self._parts.assembler.users([row], np.array([_us(now)], np.int64)), cold
+
+    def _sentence(self, ask: Ask, clock: _Clock) -> NDArray[np.float32] | None:
+        vector: NDArray[np.float32] | None = None
+        with clock.stage("query", "text_encoder_unavailable"):
+            if ask.query and ask.query.strip():
+                if self._parts.encode is None:
+                    raise RuntimeError("no encoder")
+                vector = self._parts.encode([ask.query])
+        return vector
+
+    def _queries(self, ask: Ask, users: Users, sentence: NDArray[np.float32] | None, now: datetime) -> Queries:
+        retriever = self._parts.retriever
+        out = retriever.rows(ask.exclude)
+        if retriever.exclude_seen:
+            seen = self._parts.seen.of(ask.user_id) if ask.user_id is not None and self._parts.seen is not None else ()
+            history = users.histories[0]
+            out = np.unique(np.concatenate([out, history[history >= 0], retriever.rows(seen)]))
+        filters = {"not available yet": retriever.available(_us(now))}
+        if ask.categories:
+            wanted = set(ask.categories)
+            filters[_NO_CATEGORY] = np.array([not wanted.isdisjoint(own) for own in self._categories])
+        return Queries(users.histories, [out], _us(now), sentence, filters)
+
+    def _candidates(self, queries: Queries, ask: Ask, clock: _Clock) -> tuple[Candidates, NDArray[np.float32]]:
+        config = replace(self._parts.config, k=max(self._parts.config.k, ask.k))
+        with clock.stage("candidates"):
+            found, tower = self._parts.retriever.candidates(queries, config)
+            real = found.ids[0] >= 0
+            found = Candidates(
+                found.ids[:, real],
+                {name: values[:, real] for name, values in found.scores.items()},
+                {name: values[:, real] for name, values in found.ranks.items()},
+                found.source[:, real],
+                found.names,
+            )
+        if not found.ids.shape[1]:
+            clock.degraded.append("empty_catalogue" if not len(self._titles) else "nothing_eligible")
+        return found, tower[:, real]
+
+    def _features(
+        self, users: Users, found: Candidates, tower: NDArray[np.float32], clock: _Clock
+    ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+        features: NDArray[np.float32] = np.empty((0, 0), np.float32)
+        names: tuple[str, ...] = ()
+        with clock.stage("items", "item_features_unavailable"):
+            features, names = self._parts.assembler.features(users, found, tower, self._item_columns(pairs(found)[1]))
+        return features, names
+
+    def _item_columns(self, items: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        snapshot, rows = self._parts.snapshot, self._snapshot_rows
+        if snapshot is None or rows is None:
+            return dict.fromkeys(self._parts.assembler.item_names, np.full(len(items), np.nan))
+        at = rows[items]
+        return {name: np.where(at >= 0, snapshot.column(name)[np.maximum(at, 0)], np.nan) for name in snapshot.names}
+
+    def _predict(
+        self, found: Candidates, tower: NDArray[np.float32], features: NDArray[np.float32], names: tuple[str, ...], clock: _Clock
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        scores, predictions = tower[0], dict[str, NDArray[np.float32]]()
+        with clock.stage("predict", "ranker_unavailable"):
+            if names and len(features):
+                predictions = self._parts.ranker.predict(features, names)
+                scores = self._parts.ranker.score(features, names)
+        return scores, predictions
+
+    def _rerank(
+        self, found: Candidates, scores: NDArray[np.float32], k: int, clock: _Clock
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        own = self._parts.rerank
+        order, propensity = by_score(scores)[:k], np.ones(min(k, len(scores)))
+        with clock.stage("rerank", "rerank_skipped"):
+            categories = self._parts.assembler.catalogue.items.categories[found.ids[0]]
+            if own.epsilon > 0:
+                explored = explore(mmr(scores, categories, own.diversity, 2 * k), k, own.epsilon, min(own.slot, k - 1), self._rng)
+                order, propensity = explored.order, explored.propensity
+            else:
+                order = mmr(scores, categories, own.diversity, k)
+        return order, propensity
+
+    def _explained(
+        self,
+        ask: Ask,
+        users: Users,
+        found: Candidates,
+        order: NDArray[np.int64],
+        propensity: NDArray[np.float64],
+        scores: NDArray[np.float32],
+        predictions: Mapping[str, NDArray[np.float32]],
+        queries: Queries,
+        now: datetime,
+        clock: _Clock,
+    ) -> tuple[SlateItem, ...]:
+        items = []
+        with clock.stage("explain"):
+            nearest = self._nearest_history(users, found.ids[0, order])
+            close = self._close_to_words(queries, found.ids[0, order])
+            for place, at in enumerate(order.tolist()):
+                row = int(found.ids[0, at])
+                why = reason(self._evidence(row, nearest[place], None if close is None else float(close[place]), users, now))
+                items.append(
+                    SlateItem(
+                        self._parts.retriever.item_ids[row], self._titles[row], tuple(self._categories[row]), float(scores[at]),
+                        {name: float(values[at]) for name, values in predictions.items()}, why.sentence, why.code,
+                        found.names[int(found.source[0, at])], place + 1, float(propensity[place]),
+                    )
+                )  # fmt: skip
+        return tuple(items)
+
+    def _nearest_history(self, users: Users, items: NDArray[np.int64]) -> list[tuple[str, float] | None]:
+        """Per item the most similar of the last 20 history items, by text: its title and their cosine."""
+        history = users.histories[0]
+        history = history[history >= 0][-20:]
+        if not len(history):
+            return [None] * len(items)
+        vectors = self._parts.retriever.towers.text_vectors
+        cosine = vectors[items] @ vectors[history].T
+        cosine[items[:, None] == history[None, :]] = -1.0
+        best = cosine.argmax(1)
+        return [(self._titles[history[at]], float(cosine[place, at])) for place, at in enumerate(best)]
+
+    def _close_to_words(self, queries: Queries, items: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        if queries.sentences is None:
+            return None
+        towers = self._parts.retriever.towers
+        words = self._parts.retriever.vectors(queries)[0, towers.shape.dimension + 1 :]
+        return np.asarray(towers.text_vectors[items] @ (words / (np.linalg.norm(words) + 1e-9)), np.float32)
+
+    def _evidence(self, row: int, near: tuple[str, float] | None, close: float | None, users: Users, now: datetime) -> Evidence:
+        age = self._parts.retriever.items["available_from"][row]
+        codes, shares = users.context.top_categories[0], users.context.category_shares[0]
+        names = self._parts.assembler.catalogue.category_code
+        share = {name: float(shares[codes == names[name]].sum()) for name in self._categories[row]}
+        favourite = max(share, key=share.__getitem__, default=None)
+        return Evidence(
+            similar_title=near[0] if near else None,
+            similarity=near[1] if near else None,
+            query_similarity=close,
+            popularity=float(self._popularity[row]),
+            age_days=None if age is None else (now - age).total_seconds() / 86_400,
+            category=favourite,
+            category_share=share[favourite] if favourite else None,
+        )
+
+    def _slate(self, ask: Ask, items: tuple[SlateItem, ...], cold: bool, clock: _Clock) -> Slate:
+        return Slate(items, self.release, ask.request_id or uuid.uuid4().hex, tuple(clock.degraded), clock.total(), cold)
+
+    def _log(self, ask: Ask, slate: Slate, now: datetime) -> None:
+        if self._parts.log is None:
+            return
+        self._parts.log.write(
+            [
+                {
+                    "request_id": slate.request_id, "user_id": ask.user_id, "item_id": item.item_id, "position": item.position,
+                    "score": item.score, "propensity": item.propensity, "timestamp": now, "release": slate.release,
+                    "view_versions": self._parts.views,
+                }
+                for item in slate.items
+            ]
+        )  # fmt: skip
+
+    def _row(self, item_id: str) -> int:
+        item_id = check_id(item_id, "item_id")
+        if item_id not in self._parts.retriever.row_of:
+            raise NotFoundError(
+                f"release {self.release} holds no item {item_id!r}; `tandem search WORDS` finds items by their text"
+            )
+        return self._parts.retriever.row_of[item_id]
+
+
+def _checked(ask: Ask) -> Ask:
+    if ask.k < 1:
+        raise InputError(f"k = {ask.k}; ask for at least 1 item")
+    user = None if ask.user_id is None else check_id(ask.user_id, "user_id")
+    return replace(ask, user_id=user, session=tuple(check_id(each, "session item") for each in ask.session))
+
+
+def _removed(why: str) -> str:
+    spoken = {
+        "excluded": "removed: the user has already had it",
+        "not found": "no candidate source returned it within reach",
+        "too deep": "candidate sources know it, but too far down their lists",
+        "crowded out": "a candidate source returned it, but better candidates took the room",
+    }
+    return spoken.get(why, f"removed by filter: {why}")
+
+
+def _spoken(predictions: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in predictions.items())
+
+
+def _percentiles(counts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Share of the catalogue that is less popular than each item, 0..1."""
+    return (np.searchsorted(np.sort(counts), counts, side="left") / max(len(counts), 1)).astype(np.float32)
+
+
+def _us(moment: datetime) -> int:
+    return int(pl.Series([moment]).dt.epoch("us")[0])

@@ -1,0 +1,204 @@
+"""What goes over HTTP: bodies in, answers out. Unknown fields are refused; ids and texts are checked here, once.
+
+In: JSON. Out: `recommend.Ask` for the recommender, and answers made from its `Slate` and `Why`. No message repeats what was sent.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
+from pydantic_core import PydanticCustomError
+
+from tandem.core.schema import MAX_ID_BYTES, id_problem
+
+if TYPE_CHECKING:
+    from tandem.service.recommend import Ask, Slate, Why
+
+MAX_LIST: Final = 1000
+"""Session items, excluded items or categories in one request."""
+
+_ALLOWED_CONTROLS: Final = frozenset("\t\n\r")
+
+
+def _id(value: str) -> str:
+    normal = unicodedata.normalize("NFC", value)
+    if id_problem(normal):
+        raise PydanticCustomError("not_an_id", f"An id is 1-{MAX_ID_BYTES} bytes of text without control characters")
+    return normal
+
+
+def _text(value: str) -> str:
+    normal = unicodedata.normalize("NFC", value)
+    if any(unicodedata.category(letter) == "Cc" and letter not in _ALLOWED_CONTROLS for letter in normal):
+        raise PydanticCustomError("control_character", "Text may not hold control characters")
+    return normal
+
+
+Id = Annotated[
+    str, AfterValidator(_id), Field(description=f"1-{MAX_ID_BYTES} bytes, no control characters; compared in Unicode form NFC")
+]
+Text = Annotated[str, AfterValidator(_text)]
+Short = Annotated[Text, Field(max_length=256)]
+Count = Annotated[StrictInt, Field(ge=1, description="How many items, at most the service's `max_k` (default 1000)")]
+
+
+class Body(BaseModel):
+    """A request body: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RecommendBody(Body):
+    """Any mix of who asks, what they did just now, and what they want in their own words. All empty: what is popular."""
+
+    user_id: Id | None = None
+    session: tuple[Id, ...] = Field(default=(), max_length=MAX_LIST, description="item ids of this session, oldest first")
+    query: Text | None = Field(default=None, description="what is wanted, in words")
+    k: Count = 10
+    categories: tuple[Short, ...] = Field(default=(), max_length=MAX_LIST, description="only items of one of these categories")
+    exclude: tuple[Id, ...] = Field(default=(), max_length=MAX_LIST, description="item ids that must not come")
+    context: dict[Short, Short] = Field(default_factory=dict, max_length=32)
+    request_id: Id | None = None
+
+    def ask(self, request_id: str) -> Ask:
+        """The question as the recommender takes it; `request_id` is used where the caller gave none."""
+        from tandem.service.recommend import Ask
+
+        return Ask(
+            user_id=self.user_id,
+            session=self.session,
+            query=self.query if self.query and self.query.strip() else None,
+            k=self.k,
+            categories=self.categories,
+            exclude=self.exclude,
+            context=self.context,
+            request_id=self.request_id or request_id,
+        )
+
+
+class SimilarBody(Body):
+    """Which items are like this one?"""
+
+    item_id: Id
+    k: Count = 10
+
+
+class ItemAnswer(BaseModel):
+    """One item of a slate. `predictions` are calibrated probabilities by task; `propensity` is that of showing it here."""
+
+    item_id: str
+    title: str
+    categories: tuple[str, ...]
+    score: float | None
+    predictions: dict[str, float | None]
+    reason: str
+    reason_code: str
+    source: str
+    position: int
+    propensity: float | None
+
+
+class SlateAnswer(BaseModel):
+    """The ordered answer. `degraded` names what fell back, `took_ms` the milliseconds of every stage and in total."""
+
+    items: tuple[ItemAnswer, ...]
+    returned: int
+    release: str
+    request_id: str
+    degraded: tuple[str, ...]
+    took_ms: dict[str, float]
+    cold_start: bool
+    truncated: bool
+
+    @classmethod
+    def of(cls, slate: Slate) -> SlateAnswer:
+        return cls.model_validate({**asdict(slate), "returned": len(slate.items)})
+
+
+class StageAnswer(BaseModel):
+    """What one stage did with the item."""
+
+    stage: str
+    what: str
+    rank: int | None
+    score: float | None
+
+
+class WhyAnswer(BaseModel):
+    """Which stage kept or dropped the item for this user, at what rank and score."""
+
+    user_id: str
+    item_id: str
+    title: str
+    verdict: str
+    stages: tuple[StageAnswer, ...]
+
+    @classmethod
+    def of(cls, why: Why) -> WhyAnswer:
+        stages = [dict(zip(("stage", "what", "rank", "score"), stage, strict=True)) for stage in why.stages]
+        return cls.model_validate({**asdict(why), "stages": stages})
+
+
+class ReleaseAnswer(BaseModel):
+    """A release that the registry knows."""
+
+    name: str
+    content_hash: str
+    created_at: str
+    live: bool
+
+
+class ReleasesAnswer(BaseModel):
+    """All releases, oldest first; `serving` is the one that answers here."""
+
+    serving: str
+    champion: str | None
+    releases: tuple[ReleaseAnswer, ...]
+
+
+class HealthAnswer(BaseModel):
+    """`ok`: the process runs. `ready`: it takes requests. `draining`: it finishes what it has and stops."""
+
+    status: Literal["ok", "ready", "draining", "starting"]
+    release: str | None = None
+
+
+class FieldProblem(BaseModel):
+    """Which field was refused, and why; never what it held."""
+
+    field: str
+    reason: str
+    message: str
+
+
+class ProblemAnswer(BaseModel):
+    """An RFC 9457 problem. `code` is stable; programs may rely on it."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str | None = None
+    fields: tuple[FieldProblem, ...] | None = None
+
+
+def known_fields() -> frozenset[str]:
+    """Names that may appear in a problem's `field`: ours, never the caller's."""
+    return frozenset({"body", "query", "path", *RecommendBody.model_fields, *SimilarBody.model_fields, *WhyAnswer.model_fields})
+
+
+def field_problems(errors: list[Any] | tuple[Any, ...]) -> tuple[FieldProblem, ...]:
+    """Pydantic's errors without input, context or unknown names."""
+    known = known_fields()
+
+    def named(part: Any) -> str:
+        return str(part) if (isinstance(part, int) and part < MAX_LIST) or part in known else "?"
+
+    return tuple(
+        FieldProblem(field=".".join(map(named, error["loc"])), reason=error["type"], message=error["msg"])
+        for error in errors[:20]
+    )

@@ -1,0 +1,265 @@
+"""One typed settings object, read once from `tandem.toml` and the environment.
+
+Each section is the config of the component it is named after, so that a default lives beside the code it steers. Unknown keys are
+refused with the nearest known name. `TANDEM_<SECTION>__<KEY>=value` in the environment wins over the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+from feature_repo.aggregates import AggregateConfig
+from retrieval.candidates import CandidateConfig
+from retrieval.index import IndexConfig
+from tandem.core.errors import InputError
+from tandem.core.folders import write_text
+from tandem.core.schema import Split
+
+FILE: Final = "tandem.toml"
+ENVIRONMENT: Final = "TANDEM_"
+HOME: Final = "TANDEM_HOME"
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """How events are split for training and evaluation; `kind` None takes the source's own."""
+
+    kind: Split | None = None
+    seed: int = 0
+    fold_in: float = 0.8
+    requests_per_user: int = 4
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Which text encoder: "minilm" (shipped, offline), a Hugging Face name, or a folder."""
+
+    model: str = "minilm"
+    dtype: str = "auto"
+    max_tokens: int = 64
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """What may be turned about the towers; the rest of `retrieval.train.TowerConfig` keeps its measured defaults."""
+
+    dimension: int = 192
+    epochs: int = 12
+    patience: int = 3
+    ridge: float = 300.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RankerSettings:
+    """How the ranker is trained: trunk, rounds, how many requests it learns from, and what a slate is worth by task."""
+
+    trunk: Literal["shared", "mmoe"] = "shared"
+    rounds: int = 30
+    requests: int = 8000
+    candidates: int = 200
+    seed: int = 0
+    utility: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """At most how many test requests the funnel report is made on; resamples of its intervals."""
+
+    requests: int = 5000
+    resamples: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RerankSettings:
+    """`diversity` 0 keeps the order of scores, 1 looks at categories only; `epsilon` explores one slot."""
+
+    diversity: float = 0.05
+    epsilon: float = 0.0
+    slot: int = 9
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """The HTTP service. `keys` are SHA-256 hashes (hex) of API keys; none is allowed on a loopback address only."""
+
+    host: str = "127.0.0.1"
+    port: int = 8100
+    budget_ms: int = 250
+    max_k: int = 1000
+    max_body_bytes: int = 65_536
+    keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ("*",)
+    sentence_weight: float = 3.0
+
+
+@dataclass(frozen=True)
+class RegistrySettings:
+    """Where releases and runs are recorded; empty means SQLite files in the workspace's `state/`."""
+
+    url: str = ""
+    mlflow_uri: str = ""
+    experiment: str = "tandem"
+    model: str = "tandem"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a workspace is set up with. Paths hang below `workspace`."""
+
+    workspace: Path
+    features: AggregateConfig = field(default_factory=lambda: AggregateConfig(history_length=100))
+    split: SplitSettings = field(default_factory=SplitSettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    towers: TowerSettings = field(default_factory=TowerSettings)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    candidates: CandidateConfig = field(default_factory=CandidateConfig)
+    ranker: RankerSettings = field(default_factory=RankerSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    rerank: RerankSettings = field(default_factory=RerankSettings)
+    service: ServiceSettings = field(default_factory=ServiceSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
+    table: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Path:
+        return self.workspace / "data"
+
+    @property
+    def feature_tables(self) -> Path:
+        return self.workspace / "features"
+
+    @property
+    def state(self) -> Path:
+        return self.workspace / "state"
+
+    @property
+    def models(self) -> Path:
+        return self.workspace / "models"
+
+    @property
+    def releases(self) -> Path:
+        return self.workspace / "releases"
+
+    @property
+    def registry_url(self) -> str:
+        return self.registry.url or f"sqlite:///{self.state / 'tandem.db'}"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return self.registry.mlflow_uri or f"sqlite:///{self.state / 'mlflow.db'}"
+
+
+def load_settings(workspace: Path | None = None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Settings of `workspace`, else of $TANDEM_HOME, else of ./workspace. Raises InputError naming the key and the nearest one."""
+    home = (workspace or Path(environment.get(HOME) or "workspace")).resolve()
+    path = home / FILE
+    raw = _read_toml(path) if path.is_file() else {}
+    for section, key, value in _from_environment(environment):
+        raw.setdefault(section, {})[key] = value
+    return _settings(home, raw)
+
+
+def write_default(workspace: Path) -> Path:
+    """A commented `tandem.toml` for a new workspace; an existing one is left alone."""
+    path = workspace / FILE
+    if not path.exists():
+        write_text(path, DEFAULT)
+    return path
+
+
+DEFAULT: Final = """\
+# Tandem workspace settings. Every key has a default; unknown keys are refused.
+# `tandem status` prints where everything lies. Sections: features split encoder towers index candidates ranker
+# evaluation rerank service registry table
+
+[encoder]
+# model = "minilm"              # or any Hugging Face name or folder, for example "intfloat/multilingual-e5-small"
+
+[ranker]
+# utility = { click = 1.0, purchase = 0.5 }
+
+[rerank]
+# diversity = 0.05              # 0: order of scores; 1: categories only
+"""
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}; mend that line") from None
+
+
+def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, str, Any]]:
+    """(section, key, value) of every TANDEM_SECTION__KEY; a value is read as TOML where it is some, else as text."""
+    found = []
+    for name, text in environment.items():
+        section, separator, key = name.removeprefix(ENVIRONMENT).partition("__")
+        if name.startswith(ENVIRONMENT) and separator and "__" not in key:
+            try:
+                value = tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                value = text
+            found.append((section.lower(), key.lower(), value))
+    return found
+
+
+def _settings(home: Path, raw: Mapping[str, Any]) -> Settings:
+    settings = Settings(workspace=home)
+    known = {each.name for each in fields(Settings)} - {"workspace"}
+    for section, values in raw.items():
+        _check_known(section, known, "section")
+        if not isinstance(values, dict):
+            raise InputError(f"{FILE}: [{section}] is {values!r}; write it as a section with keys")
+        current = getattr(settings, section)
+        new: Any = _section(section, current, values) if is_dataclass(current) else values
+        settings = replace(settings, **{section: new})
+    return settings
+
+
+def _section(name: str, current: Any, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(type(current))
+    for key in values:
+        _check_known(key, set(hints), f"key in [{name}]")
+    converted = {key: _convert(f"{name}.{key}", value, hints[key]) for key, value in values.items()}
+    try:
+        return replace(current, **converted)
+    except TypeError as error:
+        raise InputError(f"{FILE}: [{name}] {error}") from None
+
+
+def _convert(name: str, value: Any, wanted: Any) -> Any:
+    """`value` as the field's type, or InputError naming both. TOML has no tuples, and writes 1 for 1.0."""
+    origin = get_origin(wanted)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is Literal:
+        choices = get_args(wanted)
+        if value not in choices:
+            raise InputError(f"{name} = {value!r} is not one of {list(choices)}")
+        return value
+    if origin in (Union, UnionType):
+        inner = [each for each in get_args(wanted) if each is not type(None)]
+        return _convert(name, value, inner[0])
+    plain = origin or wanted
+    if isinstance(plain, type) and (not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool)):
+        raise InputError(f"{name} = {value!r} is {type(value).__name__}; it must be {plain.__name__}")
+    return value
+
+
+def _check_known(key: str, known: set[str], what: str) -> None:
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1, 0.0)
+        raise InputError(f"{FILE}: unknown {what} {key!r}; did you mean {near[0]!r}? known: {sorted(known)}")

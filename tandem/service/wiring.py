@@ -1,0 +1,166 @@
+"""Builds everything from settings, once, at start: the champion's release, verified, with the stores that it reads from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from feature_repo.online import UserReader
+from feature_repo.served import ServedLog, view_versions
+from feature_repo.snapshot import Snapshot
+from feature_repo.store import load_events, load_source
+from feature_repo.views import read_views
+from ranking.train import Ranker
+from registry.release import release_folder, verify_release
+from registry.store import ReleaseStore
+from retrieval.encoder import TextEncoder
+from retrieval.retriever import Retriever
+from tandem.core.errors import IncompatibleError, NotFoundError
+from tandem.core.folders import read_json
+from tandem.service.assemble import Assembler
+from tandem.service.learn import open_assembler
+from tandem.service.recommend import Parts, Recommender
+from tandem.service.settings import EncoderSettings, Settings
+
+
+def open_recommender(settings: Settings, release: str | None = None) -> Recommender:
+    """The champion (or a named release), verified by hash before anything is read.
+
+    Raises NotFoundError when nothing is promoted, IntegrityError when the folder is damaged, IncompatibleError when it is mixed.
+    """
+    folder, content_hash = _which(settings, release)
+    manifest = verify_release(folder, content_hash)
+    retriever = Retriever.load(folder, sentence_weight=settings.service.sentence_weight)
+    ranker = Ranker.load(folder / "ranker")
+    _check_views(settings, folder)
+    views = read_views(settings.feature_tables)
+    return Recommender(
+        Parts(
+            release=manifest.name,
+            retriever=retriever,
+            ranker=ranker,
+            assembler=open_assembler(settings, retriever),
+            snapshot=Snapshot.load(settings.workspace / "snapshot"),
+            users=UserReader(settings.workspace),
+            seen=SeenInEvents(settings.data),
+            encode=LazyEncoder(folder, settings),
+            log=ServedLog(settings.workspace / "served"),
+            config=replace(settings.candidates, k=settings.ranker.candidates),
+            rerank=settings.rerank,
+            views=view_versions({view.name: view.version for view in views}),
+        )
+    )
+
+
+def load_folder(folder: Path) -> Recommender:
+    """A release folder alone, without a workspace: sessions and item histories are answered, user ids are strangers."""
+    manifest = verify_release(folder)
+    retriever = Retriever.load(folder)
+    settings = Settings(workspace=folder)
+    features = read_json(folder / "features.json")
+    names = {
+        kind: [name for view, facts in features.items() if view.startswith(kind) for name in facts["features"]]
+        for kind in ("user", "item")
+    }
+    ranker = Ranker.load(folder / "ranker")
+    wanted = set(ranker.names)
+    assembler = Assembler(
+        retriever,
+        [name for name in names["user"] if name in wanted],
+        [name for name in names["item"] if name in wanted],
+        settings.features.history_length,
+    )
+    return Recommender(
+        Parts(
+            manifest.name, retriever, ranker, assembler, None, None, None, LazyEncoder(folder, settings), None,
+            replace(settings.candidates, k=settings.ranker.candidates), settings.rerank, "{}",
+        )
+    )  # fmt: skip
+
+
+def _which(settings: Settings, release: str | None) -> tuple[Path, str | None]:
+    if release is not None and not (settings.state / "tandem.db").exists() and not settings.registry.url:
+        return release_folder(settings.releases, release), None
+    store = ReleaseStore(settings.registry_url)
+    try:
+        name = release or store.champion().name
+        if name is None:
+            raise NotFoundError(f"no release is live in {settings.workspace}; run `tandem release promote NAME`")
+        found = store.get(name)
+        return found.folder, found.content_hash
+    finally:
+        store.close()
+
+
+def _check_views(settings: Settings, folder: Path) -> None:
+    """The release's feature views must be the workspace's, name by name and version by version."""
+    pinned = read_json(folder / "features.json")
+    here = {view.name: view for view in read_views(settings.feature_tables)}
+    for name, facts in pinned.items():
+        view = here.get(name)
+        features = [] if view is None else [each.name for each in view.fields]
+        if view is None or view.version != facts["version"] or features != facts["features"]:
+            raise IncompatibleError(
+                f"{folder.name} was built on view {name} version {facts['version']} with {facts['features']}, but the workspace has "
+                f"{'none' if view is None else f'version {view.version} with {features}'}; build the features again, or create a new release"
+            )
+
+
+class SeenInEvents:
+    """All items of a user's history, from the workspace's events; read once, at the first question."""
+
+    def __init__(self, data: Path) -> None:
+        source = load_source(data)
+        events = load_events(data).filter(source.is_history()).select("user_id", "item_id").unique().sort("user_id", "item_id")
+        self._items = events["item_id"]
+        runs = events["user_id"].rle().struct.unnest()
+        ends = runs["len"].cum_sum()
+        self._spans = dict(
+            zip(runs["value"].to_list(), zip((ends - runs["len"]).to_list(), ends.to_list(), strict=True), strict=True)
+        )
+
+    def of(self, user_id: str) -> Sequence[str]:
+        start, end = self._spans.get(user_id, (0, 0))
+        found: list[str] = self._items[start:end].to_list()
+        return found
+
+
+class LazyEncoder:
+    """The release's text encoder, loaded at the first sentence. Refuses another encoder than the one that the towers know."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self._facts = read_json(folder / "encoder.json")
+        self._device = settings.encoder.device
+        self._encoder: TextEncoder | None = None
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if self._encoder is None:
+            self._encoder = self._open()
+        vectors: NDArray[np.float32] = self._encoder.encode(texts)
+        return vectors
+
+    def _open(self) -> TextEncoder:
+        own = EncoderSettings(
+            model=self._facts["model"], dtype=self._facts["dtype"], max_tokens=self._facts["max_tokens"], device=self._device
+        )
+        encoder = TextEncoder(own.model, device=own.device, dtype=own.dtype, max_tokens=own.max_tokens)
+        if encoder.fingerprint != self._facts["fingerprint"]:
+            raise IncompatibleError(
+                f"the encoder {own.model!r} is {encoder.fingerprint[:12]} here, but the towers were trained with {self._facts['fingerprint'][:12]}; "
+                "install the model that the release names"
+            )
+        return encoder
+
+
+def users_with_history(data: Path, at_least: int, count: int) -> list[str]:
+    """The first `count` user ids with so many history events, busiest middle first: people whose slates are worth a look."""
+    source = load_source(data)
+    counts = load_events(data).filter(source.is_history()).group_by("user_id").len().filter(pl.col("len") >= at_least)
+    ordered = counts.sort("len", "user_id")
+    middle = len(ordered) // 2
+    return ordered["user_id"][middle : middle + count].to_list()
