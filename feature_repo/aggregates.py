@@ -302,9 +302,9 @@ def _user_categories(history: pl.DataFrame, items: pl.DataFrame, top: int) -> pl
 
 
 def _item_categories(items: pl.DataFrame) -> pl.DataFrame:
-    """Distinct (item_id, category), one row per pair."""
+    """(item_id, category) pairs; a category that an item names twice is two rows and counts once later."""
     pairs = items.select("item_id", pl.col("categories").cast(pl.List(pl.String)).alias("category"))
-    return pairs.explode("category").drop_nulls().unique()
+    return pairs.explode("category").drop_nulls()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from ranking.utility import Utility, UtilityKind
 from ranking.weighting import Weighting, make_weighting
 from tandem.core.errors import IncompatibleError, InputError, IntegrityError
 from tandem.core.folders import file_hash, read_json, whole_folder, write_json
+from tandem.core.metrics import ndcg_at_k
 
 Log = Callable[[dict[str, float]], None]
 FORMAT: Final = 1
@@ -61,7 +62,9 @@ class RankerConfig:
     `tasks` and `positive` (the task that retrieval should find): what to predict. `base`: column of the first stage's score that
     the net corrects (None: no residual). `within_request`: score columns that are also given relative to their request.
     `utility`: task → weight of the ranking score, default the positive task alone.
-    `bce`, `listwise`: weights of the two losses; `missed_weight`: what a positive counts that the first stage missed.
+    `bce`, `listwise`: weights of the two losses; `missed_weight`: what a positive counts that the first stage missed;
+    0 is the default because candidate lists hold no missed negatives, so that the net would learn "found by no source = wanted"
+    (measured on 90 users of goodbooks with first-stage scores from an SVD: NDCG@10 0.087 with 0.25, 0.120 with 0).
     Above `max_rows` rows, negatives are thinned once; above `rows_per_round` (or `negatives_per_request`) anew in each round, so
     that a round's time is bounded and all data is used. `models` None: three members below 5,000 requests, else one (see
     model.py for why). `patience`: rounds without a better validation NDCG@10 before training stops.
@@ -92,7 +95,6 @@ class RankerConfig:
     models: int | None = None
     knots: int = 33
     seed: int = 0
-    ema: float = 0.0
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.positive)
@@ -231,7 +233,8 @@ def train_ranker(training: Examples, validation: Examples, config: RankerConfig,
     """Train on `training`, stop and choose on `validation` (other users, or later ones; its missed positives are ignored).
 
     Deterministic on the CPU for a seed and a number of threads. `log` receives one dict per round: round, loss, ndcg (validation
-    NDCG@10), best; and `task_without_positives/<task>` = 1 for a task that had to be left out.
+    NDCG@10), best; `task_without_positives/<task>` = 1 for a task that had to be left out, which then answers its base rate; and
+    `validation_without_positives` = 1 when nothing can be judged, so that the untrained ranker (the base's order) is returned.
     Raises InputError for empty training, IncompatibleError for columns or tasks that the examples lack.
     """
     _check(training, validation, config)
@@ -274,14 +277,13 @@ def ndcg_within(scores: NDArray[Any], labels: Floats, request: Ints, k: int = 10
     """
     groups = Groups.of(request)
     order = np.lexsort((np.arange(len(scores)), -scores, groups.index))
-    rank = np.arange(len(scores)) - np.repeat(groups.starts, groups.sizes)
-    discount = np.where(rank < k, 1.0 / np.log2(rank + 2.0), 0.0)
-    hits = (labels > 0)[order]
-    gain = groups.sum(np.where(hits, discount, 0.0))
-    positives = np.minimum(groups.sum((labels > 0).astype(np.float64)), k).astype(np.int64)
-    ideal = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))])[positives]
-    values: NDArray[np.float64] = gain[positives > 0] / ideal[positives > 0]
-    return values
+    rank = np.arange(len(scores)) - groups.starts[groups.index]
+    top = rank < k
+    hits = np.zeros((len(groups.starts), k), bool)
+    hits[groups.index[top], rank[top]] = (labels > 0)[order][top]
+    positives = groups.sum((labels > 0).astype(np.float64)).astype(np.int64)
+    values = ndcg_at_k(hits, positives, k)
+    return values[positives > 0]
 
 
 def _fit(start: Ranker, training: Examples, validation: Examples, rng: np.random.Generator, log: Log) -> Ranker:
@@ -293,9 +295,11 @@ def _fit(start: Ranker, training: Examples, validation: Examples, rng: np.random
     optimizer = _optimizer(network, weighting, config)
     generator = torch.Generator().manual_seed(config.seed + 1)
     untrained = judge(network)
-    average, steps = copy.deepcopy(network), 0
     best, best_round, best_state = -1.0, 0, network.state_dict()
     log({"round": 0.0, "ndcg": untrained, "best": untrained})
+    if not np.any(validation.labels[config.positive] > 0):
+        log({"validation_without_positives": 1.0})
+        return start
     for number in range(1, config.rounds + 1):
         network.train()
         losses = []
@@ -304,19 +308,11 @@ def _fit(start: Ranker, training: Examples, validation: Examples, rng: np.random
             loss = weighting(batch.losses(network(batch.base, batch.inputs, drop), data.scale, config)) / network.members
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
-            if config.ema:
-                steps += 1
-                d = min(config.ema, steps / (steps + 10))
-                with torch.no_grad():
-                    for a, b in zip(average.parameters(), network.parameters()):
-                        a.lerp_(b, 1 - d)
             losses.append(float(loss.detach()))
-        candidate = average if config.ema else network
-        ndcg = judge(candidate)
+        ndcg = judge(network)
         if ndcg > best:
-            best, best_round, best_state = ndcg, number, copy.deepcopy(candidate.state_dict())
+            best, best_round, best_state = ndcg, number, copy.deepcopy(network.state_dict())
         log({"round": float(number), "loss": float(np.mean(losses)), "ndcg": ndcg, "best": max(best, untrained)})
         if number - best_round >= config.patience:
             break

@@ -35,6 +35,7 @@ def pad_left(histories: Sequence[np.ndarray], length: int) -> np.ndarray:
 
 def epoch(
     sequences: Sequence[np.ndarray],
+    cuts: Sequence[np.ndarray],
     *,
     size: int,
     length: int,
@@ -43,7 +44,7 @@ def epoch(
     targets: Sequence[np.ndarray] | None,
     random: np.random.Generator,
 ) -> Iterator[Batch]:
-    """One pass over the users in random order, each cut once: at a random place, or at 80% as in the evaluation.
+    """One pass over the users in random order, each cut once: at a random place among its `cuts`, or at 80% as in the evaluation.
 
     `targets` (one boolean array per sequence) marks the events that count as positives; by default all do.
     Users of like length share a batch, so that padding is small.
@@ -55,13 +56,25 @@ def epoch(
         near = near[np.argsort([len(sequences[user]) for user in near], kind="stable")]
         pieces = [near[at : at + size] for at in range(0, len(near), size)]
         for piece in random.permutation(len(pieces)):
-            batch = _cut(sequences, targets, pieces[piece], length, horizon, exclude_seen, random)
+            batch = _cut(sequences, cuts, targets, pieces[piece], length, horizon, exclude_seen, random)
             if len(batch.rows):
                 yield batch
 
 
+def cut_places(moments: np.ndarray) -> np.ndarray:
+    """Where a history may be cut: (C,) positions at which time moves on. A basket or a shown list stays in one piece."""
+    return np.flatnonzero(np.diff(moments)) + 1
+
+
+def late_cut(cuts: np.ndarray, length: int) -> int:
+    """The last cut within the first 80% of a history, else its first cut."""
+    early = cuts[cuts <= 0.8 * length]
+    return int(early[-1] if len(early) else cuts[0])
+
+
 def _cut(
     sequences: Sequence[np.ndarray],
+    cuts: Sequence[np.ndarray],
     targets: Sequence[np.ndarray] | None,
     users: np.ndarray,
     length: int,
@@ -72,7 +85,7 @@ def _cut(
     histories, rows, items = [], [], []
     for row, user in enumerate(users):
         sequence = sequences[user]
-        cut = int(random.integers(1, len(sequence))) if random.random() < 0.5 else max(1, int(len(sequence) * 0.8))
+        cut = int(random.choice(cuts[user])) if random.random() < 0.5 else late_cut(cuts[user], len(sequence))
         history, future = sequence[:cut], sequence[cut : cut + horizon]
         if targets is not None:
             future = future[targets[user][cut : cut + horizon]]

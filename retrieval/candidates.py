@@ -28,7 +28,7 @@ Answer: TypeAlias = tuple[Floats, Ids]
 """Scores (B, k) float32 and ids (B, k) int64, best first, -inf and -1 as padding."""
 
 POPULAR: Final = "popular"
-_BLOCK_CELLS: Final = 1_000_000
+_BLOCK_CELLS: Final = 4_000_000
 _BLOCK_ROWS: Final = 1_024
 _SUM_CELLS: Final = 1_000_000
 
@@ -279,7 +279,7 @@ def retrieve(batch: QueryBatch, sources: Sequence[CandidateSource], popular: Ran
     """Ask every source, popular last, and merge. Order of the answer: first source's items by its ranks, then the next one's."""
     everyone = _with_popular(sources, popular)
     quotas = config.quotas([source.name for source in everyone])
-    step = max(1, min(_BLOCK_ROWS, _BLOCK_CELLS // max(popular.items, 1)))
+    step = min(_BLOCK_ROWS, max(16, _BLOCK_CELLS // max(popular.items, 1)))
     starts = range(0, max(len(batch), 1), step)
     return _stacked(
         [_retrieve_block(batch.rows(start, start + step), everyone, popular.items, quotas, config.k) for start in starts]
@@ -298,15 +298,15 @@ def merge(results: Mapping[str, Answer], quotas: Mapping[str, int], k: int) -> C
     source, rank = np.repeat(np.arange(len(names)), sizes), np.concatenate([np.arange(size) for size in sizes])
     ids = np.concatenate([ids for _, ids in results.values()], axis=1)
     sure = rank < np.array([quotas.get(name, 0) for name in names])[source]
-    first = _first_columns(ids)
+    first = _first_columns(ids, source)
     columns = _choose(first, sure, k)
     slots = np.split(_slots(columns, first), np.cumsum(sizes)[:-1], axis=1)
     ranks = {name: _ranks(part, k) for name, part in zip(names, slots, strict=True)}
     return Candidates(
-        _at(ids, columns, -1),
+        _at(ids, columns),
         {name: _scores_at(results[name][0], ranks[name]) for name in names},
         ranks,
-        _at(np.broadcast_to(source, ids.shape), columns, -1).astype(np.int8),
+        np.append(source, -1)[columns].astype(np.int8),
         names,
     )
 
@@ -458,25 +458,25 @@ def _check_quotas(results: Mapping[str, Answer], quotas: Mapping[str, int], k: i
         raise InputError(f"quotas {dict(quotas)} do not fit into k = {k} slots; use counts of 0 or more, at most k in all")
 
 
-def _first_columns(ids: Ids) -> Ids:
-    """(B, W) int64: the column where the same item appears first in its row; W for padding."""
-    width = ids.shape[1]
+def _first_columns(ids: Ids, source: Ids) -> Ids:
+    """(B, W): the column where each entry's item appears first in its row; W for padding and for what its source said before.
+
+    Found by sorting (item, column) packed into one number, in 32 bits where they fit.
+    """
+    rows, width = ids.shape
     items = int(ids.max(initial=-1)) + 1
-    places = np.where(ids >= 0, ids, items)
-    first = _lowest_column(places, items + 1)
-    return np.where(ids >= 0, np.take_along_axis(first, places, axis=1), width)
-
-
-def _lowest_column(places: Ids, size: int) -> NDArray[np.int32]:
-    """(B, size) int32: for every place in 0..size-1, the lowest column of `places` (B, W) that names it; W for none."""
-    width = places.shape[1]
-    columns = np.arange(width, dtype=np.int32)
-    lowest = np.full((len(places), size), width, np.int32)
-    np.put_along_axis(lowest, np.ascontiguousarray(places[:, ::-1]), columns[None, ::-1], axis=1)
-    while (lower := columns < np.take_along_axis(lowest, places, axis=1)).any():  # numpy promises no order of writes
-        rows, late = np.nonzero(lower)
-        lowest[rows, places[rows, late]] = late
-    return lowest
+    kind: Any = np.int32 if (items + 1) * width < np.iinfo(np.int32).max else np.int64
+    keys = np.where(ids >= 0, ids, items).astype(kind) * kind(width) + np.arange(width, dtype=kind)
+    keys.sort(axis=1)
+    item = keys // kind(max(width, 1))
+    column = keys - item * kind(width)
+    again = np.zeros((rows, width), np.bool_)
+    again[:, 1:] = item[:, 1:] == item[:, :-1]
+    found = np.maximum.accumulate(np.where(again, kind(0), keys), axis=1) - item * kind(width)
+    again[:, 1:] &= source[column[:, 1:]] == source[column[:, :-1]]
+    first = np.empty((rows, width), np.int64)
+    np.put_along_axis(first, column, np.where(again | (item == items), kind(width), found), axis=1)
+    return first
 
 
 def _choose(first: Ids, sure: Mask, k: int) -> Ids:
@@ -484,11 +484,11 @@ def _choose(first: Ids, sure: Mask, k: int) -> Ids:
     rows, width = first.shape
     certain = np.zeros((rows, width + 1), np.bool_)
     np.put_along_axis(certain, first[:, sure], True, axis=1)
-    column = np.arange(width)
-    preference = np.full((rows, max(width, k)), 2 * width, np.int64)
-    preference[:, :width] = np.where(first == column, column + width * ~certain[:, :width], 2 * width)
+    column = np.arange(width, dtype=np.int32)
+    preference = np.full((rows, max(width, k)), 2 * width, np.int32)
+    preference[:, :width] = np.where(first == column, column + np.int32(width) * ~certain[:, :width], 2 * width)
     chosen = np.partition(preference, k - 1, axis=1)[:, :k]
-    return np.sort(np.where(chosen < width, chosen, chosen - width), axis=1)
+    return np.sort(np.where(chosen < width, chosen, chosen - width), axis=1).astype(np.int64)
 
 
 def _slots(columns: Ids, first: Ids) -> Ids:
@@ -501,9 +501,10 @@ def _slots(columns: Ids, first: Ids) -> Ids:
 
 
 def _ranks(slots: Ids, k: int) -> Floats:
-    """(B, k) float32: a source's rank of the item in each slot, NaN where it has none; of an item returned twice, the better."""
-    rank = _lowest_column(slots, k + 1)[:, :k]
-    return np.where(rank < slots.shape[1], rank, np.nan).astype(np.float32)
+    """(B, k) float32: a source's rank of the item in each slot, NaN where it has none."""
+    ranks = np.full((len(slots), k + 1), np.nan, np.float32)  # one column too many takes what was not chosen
+    np.put_along_axis(ranks, slots, np.arange(slots.shape[1], dtype=np.float32)[None, :], axis=1)
+    return ranks[:, :k]
 
 
 def _scores_at(scores: Floats, ranks: Floats) -> Floats:
@@ -515,11 +516,12 @@ def _scores_at(scores: Floats, ranks: Floats) -> Floats:
     return np.where(known, found, np.float32(np.nan))
 
 
-def _at(values: NDArray[Any], columns: Ids, padding: int) -> NDArray[Any]:
-    """Values (B, W) at the columns (B, k); `padding` at column W."""
-    rows = len(values)
-    wider = np.concatenate([values, np.full((rows, 1), padding, values.dtype)], axis=1)
-    return np.take_along_axis(wider, columns, axis=1)
+def _at(ids: Ids, columns: Ids) -> Ids:
+    """Ids (B, W) at the columns (B, k); -1 at column W."""
+    width = ids.shape[1]
+    if not width:
+        return np.full(columns.shape, -1, np.int64)
+    return np.where(columns < width, np.take_along_axis(ids, np.minimum(columns, width - 1), axis=1), -1)
 
 
 def _stacked(parts: Sequence[Candidates]) -> Candidates:

@@ -130,7 +130,7 @@ class TextEncoder:
         tokenizer, model = self._load()
         tokens = self._tokens(tokenizer, texts)
         for places in token_batches([len(ids) for ids in tokens], self.batch_tokens):
-            ids, mask = _padded([tokens[place] for place in places], tokenizer.pad_token_id)
+            ids, mask = _padded([tokens[place] for place in places], _padding_id(tokenizer, model))
             on_device = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
             on_device = {name: tensor.to(self.device) for name, tensor in on_device.items()}
             with torch.inference_mode():
@@ -143,7 +143,7 @@ class TextEncoder:
         ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
         if all(ids):
             return ids
-        placeholder: list[int] = tokenizer(_PLACEHOLDER)["input_ids"] or [tokenizer.pad_token_id]
+        placeholder: list[int] = tokenizer(_PLACEHOLDER)["input_ids"] or [0]
         return [row or placeholder for row in ids]
 
     def _load(self) -> tuple[Any, Any]:
@@ -326,9 +326,13 @@ def _load_transformer(folder: Path, model: str, dtype: str, device: str) -> tupl
             f"model {model!r} does not load: {str(error).splitlines()[0][:300]}; fetch it again or use 'minilm'"
         ) from error
     network.config.use_cache = False
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer, network.eval().to(device)
+
+
+def _padding_id(tokenizer: Any, model: Any) -> int:
+    """The padding token, as some encoders count positions by it; 0 (masked all the same) where the model has none of its own."""
+    known = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < model.config.get_text_config().vocab_size
+    return int(tokenizer.pad_token_id) if known else 0
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
-from retrieval.batches import Batch, epoch, pad_left
+from retrieval.batches import Batch, epoch, late_cut, pad_left
 from retrieval.loss import sampled_softmax
 from retrieval.negatives import NegativeSampler
 from retrieval.towers import TextBlock, Towers, TowerShape, TwoTowers
@@ -21,6 +22,7 @@ from retrieval.warm_start import content_map, warm_start
 from tandem.core.errors import InputError
 
 Log = Callable[[dict[str, float]], None]
+POPULARITY_WEIGHTS: Final = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,24 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Histories:
-    """Users' histories as dense item ids, oldest first; `positive` marks the events that retrieval should find."""
+    """Users' histories as dense item ids, oldest first.
+
+    `positive` marks the events that retrieval should find; `cuts` are the places where time moves on (`batches.cut_places`).
+    """
 
     sequences: Sequence[np.ndarray]
     positive: Sequence[np.ndarray]
+    cuts: Sequence[np.ndarray]
     exclude_seen: bool
 
     def take(self, users: Iterable[int]) -> Histories:
         chosen = list(users)
-        return replace(
-            self, sequences=[self.sequences[user] for user in chosen], positive=[self.positive[user] for user in chosen]
-        )
+        columns = {name: [getattr(self, name)[user] for user in chosen] for name in ("sequences", "positive", "cuts")}
+        return Histories(**columns, exclude_seen=self.exclude_seen)
+
+    def usable(self) -> Histories:
+        """Those that can be cut into a past and a future."""
+        return self.take(user for user, cuts in enumerate(self.cuts) if len(cuts))
 
 
 def train_towers(catalogue: Catalogue, histories: Histories, config: TowerConfig, log: Log) -> Towers:
@@ -96,17 +105,17 @@ def _fit(
     log: Log,
 ) -> dict[str, object]:
     """The training loop, written out. Leaves the best weights in `network`; the closed-form start competes as epoch 0."""
-    usable = learn.take(user for user, sequence in enumerate(learn.sequences) if len(sequence) > 1)
+    usable = learn.usable()
     counts = _counts(learn, len(content))
     sampler = NegativeSampler(counts, config.uniform_negatives, config.popular_negatives)
     optimizer = _optimizer(network, config)
-    best_recall, best_epoch = validation_recall(network, content, validate, config), 0
+    best_recall, best_epoch = _weigh_popularity(network, content, counts, validate, config), 0
     best_state = copy.deepcopy(network.state_dict())
     log({"towers/epoch": 0, "towers/validation_recall_at_100": best_recall})
     for number in range(1, config.epochs + 1 if usable.sequences else 1):
         losses = []
         for batch in epoch(
-            usable.sequences, size=config.batch_size, length=config.history, horizon=config.horizon,
+            usable.sequences, usable.cuts, size=config.batch_size, length=config.history, horizon=config.horizon,
             exclude_seen=usable.exclude_seen, targets=usable.positive, random=random,
         ):  # fmt: skip
             loss = _batch_loss(network, content, batch, sampler, usable.exclude_seen, config, random)
@@ -123,6 +132,20 @@ def _fit(
             break
     network.load_state_dict(best_state)
     return {"best_epoch": best_epoch, "validation_recall_at_100": best_recall, "validation_users": len(validate.sequences)}
+
+
+def _weigh_popularity(
+    network: TwoTowers, content: torch.Tensor, counts: np.ndarray, validate: Histories, config: TowerConfig
+) -> float:
+    """Give the start the weight of log popularity that has the best validation recall, and return that recall."""
+    logs = torch.from_numpy(np.log1p(counts).astype(np.float32))
+    recalls = {}
+    for weight in POPULARITY_WEIGHTS:
+        network.popularity.data = logs * weight
+        recalls[weight] = validation_recall(network, content, validate, config)
+    best = max(recalls, key=recalls.__getitem__)
+    network.popularity.data = logs * best
+    return recalls[best]
 
 
 def _batch_loss(
@@ -163,7 +186,7 @@ def validation_recall(
 ) -> float:
     """Mean recall@k over the users cut at 80% of their history, against the whole catalogue."""
     network.eval()
-    cuts = [max(1, int(len(sequence) * 0.8)) for sequence in histories.sequences]
+    cuts = [late_cut(places, len(sequence)) for places, sequence in zip(histories.cuts, histories.sequences, strict=True)]
     pasts = [sequence[:cut] for sequence, cut in zip(histories.sequences, cuts, strict=True)]
     futures = [
         np.unique(sequence[cut:][positive[cut:]])
@@ -237,7 +260,7 @@ def _held_out(histories: Histories, config: TowerConfig, random: np.random.Gener
     """Users to learn from, and users whose recall decides when to stop; the latter are unseen by the warm start too."""
     order = random.permutation(len(histories.sequences))
     count = min(config.validation_limit, max(1, int(len(order) * config.validation_users)))
-    return histories.take(order[count:]), histories.take(order[:count])
+    return histories.take(order[count:]), histories.take(order[:count]).usable()
 
 
 def _matrix(histories: Histories, items: int) -> sp.csr_matrix:
@@ -259,9 +282,7 @@ def _check(catalogue: Catalogue, histories: Histories) -> None:
         bad = np.flatnonzero(~np.isfinite(matrix).all(1))
         if len(bad):
             raise InputError(
-                f"{name} vectors of {len(bad)} items hold NaN or infinity (first rows {bad[:5].tolist()}); repair or drop those items"
+                f"{name} vectors of {len(bad)} items hold NaN or infinity (rows {bad[:5].tolist()}); repair or drop those items"
             )
-    if sum(len(sequence) > 1 for sequence in histories.sequences) < 2:
-        raise InputError(
-            "fewer than two users have two history events; the towers have nothing to learn from: import more events"
-        )
+    if len(histories.usable().sequences) < 2:
+        raise InputError("fewer than two users have history at two moments: nothing to learn from; import more events")

@@ -44,7 +44,7 @@ from tandem.service.schemas import (
     SlateAnswer,
     WhyAnswer,
 )
-from tandem.service.settings import Settings, load_settings
+from tandem.service.settings import Settings
 
 DRAIN_SECONDS: Final = 1.0
 _LOCAL_NAMES: Final = ("127.0.0.1", "localhost", "::1")
@@ -160,7 +160,7 @@ def key_given(request: Request, service: Here) -> None:
     if not key:
         raise Refused(NO_KEY, headers={"www-authenticate": "Bearer"})
     given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    if not any([hmac.compare_digest(given, each.lower()) for each in hashes]):
+    if not sum(hmac.compare_digest(given, each.lower()) for each in hashes):
         raise Refused(BAD_KEY)
 
 
@@ -256,11 +256,6 @@ def create_app(settings: Settings, recommender: Recommender | None = None) -> Fa
     return app
 
 
-def from_environment() -> FastAPI:
-    """The application for servers that start it by name: settings of $TANDEM_HOME."""
-    return create_app(load_settings())
-
-
 def is_loopback(host: str) -> bool:
     """Does `host` name this machine only?"""
     try:
@@ -300,7 +295,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
 
 @contextmanager
 def _unready_at_sigterm(service: Service) -> Iterator[None]:
-    """Put ourselves before the server's own handler: readiness off now, its handler `DRAIN_SECONDS` later; a second signal is at once."""
+    """Stand before the server's own handler: readiness off now, its turn `DRAIN_SECONDS` later, or at a second signal."""
     stop = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(stop):
         yield

@@ -23,7 +23,7 @@ from ranking.calibrate import calibrate
 from ranking.tasks import RankingTask
 from ranking.train import Ranker, RankerConfig, train_ranker
 from retrieval.baselines import ItemKNN, interaction_matrix
-from retrieval.batches import pad_left
+from retrieval.batches import cut_places, pad_left
 from retrieval.candidates import Candidates
 from retrieval.content import content_matrix
 from retrieval.encoder import TextEncoder
@@ -147,14 +147,16 @@ def tower_histories(data: Dataset) -> Histories:
         data.split.training_events.filter(data.source.is_history())
         .sort("user_id", "timestamp", "event_id")
         .join(dense, on="item_id", how="inner", maintain_order="left")
-        .with_columns(positive=wanted.matches())
+        .with_columns(positive=wanted.matches(), time=pl.col("timestamp").dt.epoch("us"))
         .group_by("user_id", maintain_order=True)
-        .agg("row", "positive")
+        .agg("row", "positive", "time")
     )
     if users.is_empty():
         raise InputError("no training event belongs to a history; import more events, or change [split] in tandem.toml")
     sequences = [np.array(row, np.int64) for row in users["row"].to_list()]
-    return Histories(sequences, [np.array(row, bool) for row in users["positive"].to_list()], data.source.exclude_seen)
+    positive = [np.array(row, bool) for row in users["positive"].to_list()]
+    cuts = [cut_places(np.array(row, np.int64)) for row in users["time"].to_list()]
+    return Histories(sequences, positive, cuts, data.source.exclude_seen)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`made`: what was made, in a sentence. `data`: the same for programs (JSON-able). `next`: the command that follows."""
+    """`made`: what was made, in a sentence. `data`: the same for programs (JSON-able). `next`: the command that follows.
+
+    `more` tables come after the first one.
+    """
 
     made: str
     data: dict[str, Any] = field(default_factory=dict)
     table: Table | None = None
     next: str = ""
+    more: tuple[Table, ...] = ()

@@ -6,6 +6,7 @@ In: JSON. Out: `recommend.Ask` for the recommender, and answers made from its `S
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -191,7 +192,7 @@ def known_fields() -> frozenset[str]:
     return frozenset({"body", "query", "path", *RecommendBody.model_fields, *SimilarBody.model_fields, *WhyAnswer.model_fields})
 
 
-def field_problems(errors: list[Any] | tuple[Any, ...]) -> tuple[FieldProblem, ...]:
+def field_problems(errors: Sequence[Any]) -> tuple[FieldProblem, ...]:
     """Pydantic's errors without input, context or unknown names."""
     known = known_fields()
 

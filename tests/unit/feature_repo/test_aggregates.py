@@ -292,6 +292,13 @@ def test_rows_stand_at_events_and_at_the_midnights_that_change_a_window() -> Non
     assert table["user_events"].to_list() == [1, 1, 2, 2, 2, 2, 2]
 
 
+def test_events_of_one_instant_stand_in_the_order_of_their_ids() -> None:
+    frame = frame_of([rating("x", 1), rating("y", 1), rating("z", 1)])
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        table = build_tables(frame[order], catalogue(), nobody(), RATINGS, CONFIG)["user_history"]
+        assert table["history_items"].to_list() == [["x", "y", "z"]]
+
+
 def test_until_stops_the_midnights_of_the_future_but_no_event() -> None:
     config = AggregateConfig(windows=(1, 2, 5), until=MIDNIGHT + timedelta(days=1))
     times = tables_of([rating("x", 23), rating("y", 49)], config=config)["user_stats"]["event_timestamp"]

@@ -1,7 +1,9 @@
 """The table source: anybody's CSV, Parquet or JSON-lines through a mapping, and mappings that are wrong."""
 
+import gzip
 import os
 import tomllib
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,39 @@ def test_parquet_and_jsonl_give_the_same_events_as_csv(tmp_path: Path) -> None:
     frame.with_columns(pl.col("at").dt.to_string("iso:strict")).write_ndjson(tmp_path / "events.jsonl")
     for name in ("events.parquet", "events.jsonl"):
         assert read_source("table", tmp_path / name, TableMapping.parse(MINIMAL), 0, now=NOW).events.equals(whole.events)
+
+
+def test_compressed_and_tab_separated_files_give_the_same_events(tmp_path: Path) -> None:
+    whole = _read(tmp_path, CSV, MINIMAL).events
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(CSV.encode()))
+    (tmp_path / "b.tsv").write_text(CSV.replace(",", "\t"))
+    with zipfile.ZipFile(tmp_path / "c.csv.zip", "w") as archive:
+        archive.writestr("deep/c.csv", CSV)
+    for name in ("a.csv.gz", "b.tsv", "c.csv.zip"):
+        assert read_source("table", tmp_path / name, TableMapping.parse(MINIMAL), 0, now=NOW).events.equals(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv.gz", b"not gzip", "damaged gzip"),
+        ("a.csv.zip", b"PK\x03\x04 not zip", "damaged zip"),
+        ("a.parquet", b"not parquet", "cannot be read"),
+        ("a.csv", b"user,item,at\n\xff\xfe,b,2024-01-01\n", "not a CSV in UTF-8"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_source("table", tmp_path, TableMapping.parse(MINIMAL), 0, now=NOW)
+    assert name in str(caught.value)
+
+
+def test_folder_of_many_tables_asks_which(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(CSV)
+    (tmp_path / "b.csv").write_text(CSV)
+    with pytest.raises(InputError, match=r"name the one with the events"):
+        read_source("table", tmp_path, TableMapping.parse(MINIMAL), 0, now=NOW)
 
 
 def test_bad_rows_go_to_rejected_with_reasons(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_smallest_worlds_work() -> None:
 
 
 def test_there_is_something_to_learn(world: World) -> None:
-    """The best slate is worth over twice the popular one, and counting a user's categories and brands finds a good part of the gap."""
+    """The best slate is worth over twice the popular one; counting a user's categories and brands finds much of the gap."""
     events, truth = world.raw.events, world.truth
     result = make_requests(events, world.raw.source, SplitConfig("time", 0))
     clicks = events.filter(pl.col("action") == "click")

@@ -127,9 +127,9 @@ def test_quotas_that_cannot_hold_are_refused() -> None:
         merge(results, {}, 0)
 
 
-# A small world: 60 items on a circle, half of them in each of two categories.
+# A small world: 60 items around a circle (a little off their places, so that no two are equally near to a third).
 N = 60
-ANGLE = np.linspace(0, 2 * np.pi, N, endpoint=False)
+ANGLE = np.linspace(0, 2 * np.pi, N, endpoint=False) + np.random.default_rng(2).uniform(0, 0.05, N)
 CIRCLE = np.stack([np.cos(ANGLE), np.sin(ANGLE)], axis=1).astype(np.float32)
 COUNTS = np.random.default_rng(0).permutation(N).astype(np.float32)
 TOUCHED = (np.random.default_rng(1).random((200, N)) < 0.08).astype(np.float32)

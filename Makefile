@@ -1,0 +1,54 @@
+# `make demo`: from nothing to recommendations. `make test`: everything that CI checks. Both install what they need into $(VENV).
+#   make demo SIZE=medium                       a larger built-in world
+#   make demo KIND=movielens DATA=ml-latest-small.zip
+#   make demo EXTRA=gpu VENV=.venv-gpu          faiss-gpu and faiss-cpu must not share an environment
+
+VENV ?= .venv
+PYTHON ?= python3.11
+EXTRA ?= cpu
+SIZE ?= small
+KIND ?=
+DATA ?=
+WORKSPACE ?= $(if $(KIND),workspaces/$(KIND),workspace)
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TO_RUN := $(VENV)/.installed-$(EXTRA)
+TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
+ALL_TESTS := --numprocesses 2 --dist loadfile --cov --cov-report=term
+
+.PHONY: demo test lint accept bench clean
+
+demo: $(TO_RUN)
+	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
+
+test: lint
+	$(BIN)/pytest $(ALL_TESTS)
+
+lint: $(TO_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+accept: $(TO_TEST)
+	$(BIN)/python tests/benchmarks/accept.py
+
+bench: $(TO_TEST)
+	$(BIN)/python tests/benchmarks/run.py
+
+clean:  # workspaces stay: they hold data
+	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(TO_RUN): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a few minutes, once"
+	$(INSTALL) --editable ".[$(EXTRA)]"
+	@touch $@
+
+$(TO_TEST): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a few minutes, once"
+	$(INSTALL) --editable ".[$(EXTRA),dev]"
+	@touch $(TO_RUN) $@

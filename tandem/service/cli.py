@@ -1,0 +1,432 @@
+"""`tandem`: one command per recipe, and questions to the live release.
+
+Each command prints what it made, how long it took and the next command; with `--json` the same goes to standard output, alone.
+Progress and errors go to standard error. Exit codes: 0, 1 failed, 2 usage, 3 a gate refused. Everything heavy is imported inside
+the commands, so that `--help` costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
+
+import typer
+
+from tandem.core.errors import GateRefusedError, InputError, TandemError
+
+if TYPE_CHECKING:
+    from tandem.service.outcome import Outcome
+    from tandem.service.settings import Settings
+
+Progress = Callable[[str, int, int], None]
+Work = Callable[["Settings", Progress], "Outcome"]
+
+FAILED: Final = 1
+USAGE: Final = 2
+REFUSED: Final = 3
+DEBUG: Final = "TANDEM_DEBUG"
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="A recommender a team can run."
+)
+features = typer.Typer(no_args_is_help=True, help="What is known about users and items, and when.")
+release = typer.Typer(no_args_is_help=True, help="Which release is live, and why.")
+app.add_typer(features, name="features")
+app.add_typer(release, name="release")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs on standard output.")]
+Count = Annotated[int, typer.Option("-k", "--count", min=1, help="How many items.")]
+Name = Annotated[str, typer.Argument(metavar="RELEASE", help="Name of a release, as `tandem release list` shows it.")]
+Because = Annotated[str, typer.Option("--because", help="The reason that history keeps.")]
+
+
+def main() -> NoReturn:
+    """The `tandem` program."""
+    app(prog_name="tandem")
+    sys.exit(0)
+
+
+@app.callback()
+def _global(
+    context: typer.Context,
+    workspace: Annotated[
+        Path | None, typer.Option(help="Folder with tandem.toml and all state. Default: $TANDEM_HOME, else ./workspace.")
+    ] = None,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    context.obj = workspace
+    if show_version:
+        print(version("tandem-recommender"))
+        raise typer.Exit
+
+
+# ---------------------------------------------------------------------------------------------------------------- events
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(help="movielens, goodbooks, metarank, or table (mapping in tandem.toml).")],
+    path: Annotated[Path, typer.Argument(help="The file or folder as its owner publishes it.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Start over instead of appending.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read raw files into the workspace; bad rows are kept aside with a reason."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service import recipes
+
+        progress(f"import {path.name}", 0, 0)
+        return recipes.import_source(settings, kind, path, replace)
+
+    _run(context, as_json, work)
+
+
+@app.command()
+def simulate(
+    context: typer.Context,
+    users: Annotated[int, typer.Option(min=1)] = 2000,
+    items: Annotated[int, typer.Option(min=2)] = 1500,
+    days: Annotated[int, typer.Option(min=2)] = 60,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Fill the workspace with the built-in world, replacing what it holds."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.simulate(settings, users, items, days, seed)))
+
+
+# -------------------------------------------------------------------------------------------------------------- features
+
+
+@features.command("apply")
+def features_apply(context: typer.Context, as_json: Json = False) -> None:
+    """Tell Feast what the feature views are."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_apply(settings)))
+
+
+@features.command("build")
+def features_build(context: typer.Context, as_json: Json = False) -> None:
+    """Aggregate events into feature tables whose rows say when they became known."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_build(settings)))
+
+
+@features.command("materialize")
+def features_materialize(
+    context: typer.Context,
+    since: Annotated[datetime | None, typer.Option(help="Only rows from this time on (UTC).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy the newest rows to the online store, and item columns to the snapshot."""
+    moment = since.replace(tzinfo=UTC) if since else None
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_materialize(settings, moment)))
+
+
+@features.command("check")
+def features_check(context: typer.Context, as_json: Json = False) -> None:
+    """Leakage, parity of the online store, freshness."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_check(settings)))
+
+
+# -------------------------------------------------------------------------------------------------- training, evaluation
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    what: Annotated[Literal["all", "towers", "ranker"], typer.Argument()] = "all",
+    as_json: Json = False,
+) -> None:
+    """Train towers and index, the ranker, or both."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service import recipes
+
+        return recipes.train(settings, what, progress)
+
+    _run(context, as_json, work)
+
+
+@app.command()
+def evaluate(context: typer.Context, as_json: Json = False) -> None:
+    """The funnel report: every stage against the same baselines, on the same requests."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service import recipes
+
+        return recipes.evaluate(settings, progress)
+
+    _run(context, as_json, work)
+
+
+# -------------------------------------------------------------------------------------------------------------- releases
+
+
+@release.command("create")
+def release_create(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Option(help="Default: the date and the content's hash.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Bundle what was trained and evaluated into one immutable folder."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_create(settings, name)))
+
+
+@release.command("list")
+def release_list(context: typer.Context, as_json: Json = False) -> None:
+    """All releases, and which one is the champion."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_list(settings)))
+
+
+@release.command("show")
+def release_show(context: typer.Context, name: Name, as_json: Json = False) -> None:
+    """One release: its facts and figures; its files are verified by hash."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_show(settings, name)))
+
+
+@release.command("gate")
+def release_gate(context: typer.Context, name: Name, as_json: Json = False) -> None:
+    """Hold a release against the champion; exit code 3 when the gate refuses it."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_gate(settings, name)))
+
+
+@release.command("promote")
+def release_promote(
+    context: typer.Context,
+    name: Name,
+    because: Because = "",
+    force: Annotated[bool, typer.Option("--force", help="Against the gate; needs --because, and is recorded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a release the champion, if it is whole and the gate lets it."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_promote(settings, name, because, force)))
+
+
+@release.command("rollback")
+def release_rollback(
+    context: typer.Context,
+    to: Annotated[str | None, typer.Argument(metavar="[RELEASE]", help="Default: the champion before.")] = None,
+    because: Because = "",
+    as_json: Json = False,
+) -> None:
+    """Back to the champion before, or to a named earlier one."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_rollback(settings, to, because)))
+
+
+@release.command("history")
+def release_history(context: typer.Context, as_json: Json = False) -> None:
+    """Who made what live, when and why."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_history(settings)))
+
+
+@release.command("diff")
+def release_diff(
+    context: typer.Context,
+    before: Annotated[str, typer.Argument(metavar="A")],
+    after: Annotated[str, typer.Argument(metavar="B")],
+    as_json: Json = False,
+) -> None:
+    """What differs between two releases."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_diff(settings, before, after)))
+
+
+# ------------------------------------------------------------------------------------------------------------- questions
+
+
+@app.command()
+def recommend(
+    context: typer.Context,
+    user: Annotated[str | None, typer.Argument(help="A user id; leave it out to ask with a sentence or session alone.")] = None,
+    query: Annotated[str | None, typer.Option(help="What is wanted, in words.")] = None,
+    k: Count = 10,
+    session: Annotated[list[str] | None, typer.Option(help="Item id of this session, oldest first; repeat it.")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Only items of this category; repeat it.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Item id that must not come; repeat it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A slate for a user, a session, a sentence, or any mix of them."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service.questions import recommend as ask
+
+        return ask(settings, user, query, k, tuple(session or ()), tuple(category or ()), tuple(exclude or ()))
+
+    _run(context, as_json, work)
+
+
+@app.command()
+def similar(context: typer.Context, item: Annotated[str, typer.Argument()], k: Count = 10, as_json: Json = False) -> None:
+    """Items like one item."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service.questions import similar as ask
+
+        return ask(settings, item, k)
+
+    _run(context, as_json, work)
+
+
+@app.command()
+def search(context: typer.Context, text: Annotated[str, typer.Argument()], k: Count = 10, as_json: Json = False) -> None:
+    """Items for a sentence."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service.questions import recommend as ask
+
+        return ask(settings, None, text, k)
+
+    _run(context, as_json, work)
+
+
+@app.command()
+def why(
+    context: typer.Context, user: Annotated[str, typer.Argument()], item: Annotated[str, typer.Argument()], as_json: Json = False
+) -> None:
+    """Which stage dropped an item for a user, or at what rank and score it passed."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service.questions import why as ask
+
+        return ask(settings, user, item)
+
+    _run(context, as_json, work)
+
+
+@app.command()
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """What the workspace holds, and what to do next."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.status(settings)))
+
+
+# ---------------------------------------------------------------------------------------------------------- the two ends
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    size: Annotated[Literal["small", "medium"], typer.Option(help="Of the built-in world.")] = "small",
+    kind: Annotated[str, typer.Option(help="world, or a kind that `tandem import` reads.")] = "world",
+    data: Annotated[Path | None, typer.Option(help="The raw files of another kind.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole loop, from nothing to recommendations. Run it again: what is done is not done twice."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service.demo import run_demo
+
+        return run_demo(settings, kind, size, data, progress)
+
+    _run(context, as_json, work)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="Beyond this machine only with API keys. Default: service.host.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: service.port.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Answer over HTTP from the champion."""
+    with _failures(), _stdout_kept(as_json) as out:
+        from tandem.service.server import run_server
+
+        settings = _settings(context)
+
+        def announce(url: str, name: str) -> None:
+            facts = {"url": url, "release": name, "workers": workers}
+            print(json.dumps(facts) if as_json else f"serving {name} on {url} (Ctrl+C stops it)", file=out, flush=True)
+
+        run_server(settings, host, port, workers, announce)
+
+
+# --------------------------------------------------------------------------------------------------------------- running
+
+
+def _recipe(call: Callable[[Settings, Any], Outcome]) -> Work:
+    """A recipe that reports no progress, as work. `call` gets the settings and the module of recipes, imported at that moment."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service import recipes
+
+        return call(settings, recipes)
+
+    return work
+
+
+def _run(context: typer.Context, as_json: bool, work: Work) -> None:
+    """Do the work, print what it made, how long it took and what comes next."""
+    started = time.perf_counter()
+    with _failures(), _stdout_kept(as_json) as out:
+        from tandem.service.terminal import print_outcome, watched
+
+        settings = _settings(context)
+        with watched(sys.stderr) as progress:
+            outcome = work(settings, progress)
+        print_outcome(outcome, time.perf_counter() - started, as_json, out)
+
+
+def _settings(context: typer.Context) -> Settings:
+    from tandem.service.settings import load_settings
+
+    return load_settings(context.obj)
+
+
+@contextmanager
+def _stdout_kept(as_json: bool) -> Iterator[Any]:
+    """Give standard output for the answer; what libraries print meanwhile goes to standard error."""
+    out = sys.stdout
+    _quiet_libraries()
+    with redirect_stdout(sys.stderr) if as_json else redirect_stdout(out):
+        yield out
+
+
+def _quiet_libraries() -> None:
+    """Warnings of libraries are for developers."""
+    import logging
+    import warnings
+
+    if not os.environ.get(DEBUG):
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        logging.getLogger().setLevel(logging.ERROR)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Errors as one clear line and an exit code; the traceback only on request."""
+    try:
+        yield
+    except (typer.Exit, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - whoever read the answer has gone
+        raise typer.Exit(FAILED) from None
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        print(_one_line(error), file=sys.stderr)
+        raise typer.Exit(_code(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, TandemError):
+        return "error: " + " ".join(str(error).split())
+    said = " ".join(str(error).split())[:300]
+    return f"error: unexpected {type(error).__name__}: {said}; this is a fault of Tandem: report what {DEBUG}=1 shows"
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, GateRefusedError):
+        return REFUSED
+    return USAGE if isinstance(error, InputError) else FAILED
