@@ -330,7 +330,7 @@ def _category_counter(history: pl.DataFrame, categories: pl.DataFrame, names: pl
     coded = categories.with_columns(pl.col("category").replace_strict(names, np.arange(len(names)), return_dtype=pl.Int64))
     pairs = history.select("item_id").with_row_index("event").join(coded, on="item_id").sort("event")
     event = pairs["event"].to_numpy().astype(np.int64)
-    met, place = np.unique(user[event] * len(names) + pairs["category"].to_numpy(), return_inverse=True)
+    met, place = np.unique(user[event] * len(names) + pairs["category"].to_numpy().astype(np.int64), return_inverse=True)
     size = np.bincount(met // max(len(names), 1), minlength=len(runs))
     first = np.cumsum(size) - size
     return _CategoryCounter(

@@ -213,12 +213,10 @@ def _history_size(pairs: _Pairs) -> NDArray[np.int64]:
 
 def _seen(pairs: _Pairs) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """How often each pair's item stands in the history, and the days since the last time."""
-    same = pairs.context.history[pairs.request] == pairs.item[:, None]
-    if same.shape[1] == 0:
-        return np.zeros(len(same)), np.full(len(same), np.nan)
-    newest = same.shape[1] - 1 - same[:, ::-1].argmax(axis=1)
-    then = np.where(same.any(axis=1), pairs.context.history_times[pairs.request, newest], -1)
-    return same.sum(axis=1), _days(pairs.time, then)
+    pair, place = np.nonzero(pairs.context.history[pairs.request] == pairs.item[:, None])
+    then = np.full(len(pairs.item), -1)
+    then[pair] = pairs.context.history_times[pairs.request[pair], place]  # of repeated places numpy keeps the last, the newest
+    return np.bincount(pair, minlength=len(pairs.item)), _days(pairs.time, then)
 
 
 # --- categories --------------------------------------------------------------------------------------------------------

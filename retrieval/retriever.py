@@ -1,7 +1,7 @@
 """Retrieval in process: load a folder, ask for candidates. The service and the offline pipeline use this same object.
 
-In: a folder with `items.parquet`, `towers/`, `index/`, `covisit.safetensors` and `retriever.json` (a release is one). Out: `Candidates`
-for any mix of history, session and sentence.
+In: a folder with `items.parquet`, `towers/`, `index/`, `covisit.safetensors` and `retriever.json` (a release is one). Out:
+`Candidates` for any mix of history, session and sentence.
 
     retriever = Retriever.load(Path("workspace/releases/20261121-3f2a9c10"))
     for item_id, title, score in retriever.search(history=["318", "296"], k=5): ...
@@ -127,7 +127,7 @@ class Retriever:
     def similar(
         self, item: int, k: int, allowed: NDArray[np.bool_] | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The k items nearest to one: dense ids and cosines, best first. Taste where the item has been touched, text elsewhere."""
+        """The k items nearest to one, best first: dense ids and cosines of taste, or of text for an item nobody has touched."""
         width = self.towers.shape.dimension
         vectors = self.towers.item_vectors
         block = vectors[:, :width] if self.counts[item] else vectors[:, width + 1 :]
@@ -193,7 +193,8 @@ class Retriever:
         for name, found in (("items", items_fingerprint(items)), ("towers", towers.fingerprint)):
             if found != facts[name]:
                 raise IncompatibleError(
-                    f"{folder.name}: {name} are {found[:12]}, but the index was filled for {facts[name][:12]}; use one release's parts"
+                    f"{folder.name}: {name} are {found[:12]}, but the index was filled for {facts[name][:12]}; "
+                    "use one release's parts"
                 )
         index = VectorIndex.load(folder / "index")
         if index.count != len(items):

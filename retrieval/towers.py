@@ -78,7 +78,8 @@ class SequenceEncoder(nn.Module):
         blocked = causal | (~present[:, None, :] & ~torch.eye(steps, dtype=torch.bool))
         heads = self.layers.layers[0].self_attn.num_heads
         hidden = self.layers(hidden, mask=blocked.repeat_interleave(heads, 0))
-        return self.out(hidden[:, -1]) * present[:, -1:]
+        taste: torch.Tensor = self.out(hidden[:, -1])
+        return taste * present[:, -1:]
 
 
 class UserTower(nn.Module):
@@ -213,7 +214,7 @@ class Towers:
         tensors["block.mean"] = torch.from_numpy(self._block.mean)
         tensors["block.components"] = torch.from_numpy(self._block.components)
         tensors["content"] = torch.from_numpy(self._content)
-        tensors["text"] = torch.from_numpy(self._text)
+        tensors["text"] = torch.from_numpy(self._text).clone()  # safetensors refuses tensors that share memory
         save_file(tensors, folder / _WEIGHTS)
         facts = {key: value for key, value in self.facts.items() if key != "fingerprint"}
         write_json(folder / _FACTS, {"shape": asdict(self.shape), "facts": facts, "weights": file_hash(folder / _WEIGHTS)})

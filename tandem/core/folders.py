@@ -1,6 +1,6 @@
 """Folders that are whole or absent: write beside, sync, hash, rename; the manifest is written last.
 
-A folder is complete when its manifest exists. A crash leaves either the old folder or a hidden `.partial-*` one that nobody reads.
+A folder is complete when its manifest exists. A crash leaves the old folder, or a hidden `.partial-*` one that nobody reads.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Report:
 
 
 def measure(truth: Truth, systems: Mapping[str, NDArray[np.int64]]) -> pl.DataFrame:
-    """Per request and system: [request_id, user_id, system, cold_user, has_cold, metrics..., cold_* metrics on cold items only]."""
+    """Per request and system: [request_id, user_id, system, cold_user, metrics..., the same as cold_* on cold items only]."""
     cold_only = tuple(items[truth.cold_items[items]] for items in truth.items)
     frames = []
     for system, ranked in systems.items():
@@ -73,7 +73,7 @@ def _metrics(ranked: NDArray[np.int64], truth: Sequence[NDArray[np.int64]]) -> d
 
 
 def summarise(truth: Truth, systems: Mapping[str, NDArray[np.int64]], users: pl.DataFrame) -> pl.DataFrame:
-    """One row per slice and system: [slice, system, users, metrics..., coverage@10]; cold items count only where there are some."""
+    """One row per slice and system: [slice, system, users, metrics..., coverage@10]."""
     rows: list[dict[str, Any]] = []
     for system, ranked in systems.items():
         own = users.filter(pl.col("system") == system)
@@ -93,7 +93,7 @@ def _row(part: str, system: str, own: pl.DataFrame, prefix: str) -> dict[str, An
 
 
 def compare(users: pl.DataFrame, better: Sequence[str], baselines: Sequence[str], resamples: int, seed: int) -> pl.DataFrame:
-    """Paired bootstrap over users of each system in `better` minus each baseline: [system, baseline, metric, difference, low, high, users]."""
+    """Paired bootstrap over users, `better` minus baseline: [system, baseline, metric, difference, low, high, users]."""
     rows: list[dict[str, Any]] = []
     for metric in ("recall@100", "ndcg@10"):
         values = {name: own[metric].to_numpy() for (name,), own in users.group_by(["system"], maintain_order=True)}

@@ -1,7 +1,7 @@
 """From a workspace's tables to trained parts: the retriever, the ranker's examples, the ranker.
 
-Who learns from what (so that nothing leaks): towers and baselines on the split's training events, the ranker on the candidates that
-those towers return for the `ranker` requests, calibrators on the `calibrate` requests. Every feature is as of its request.
+Who learns from what (so that nothing leaks): towers and baselines on the split's training events, the ranker on the candidates
+that those towers return for the `ranker` requests, calibrators on the `calibrate` requests. Features are as of their request.
 """
 
 from __future__ import annotations
@@ -132,11 +132,8 @@ def open_encoder(settings: Settings) -> TextEncoder:
 
 
 def item_texts(items: pl.DataFrame) -> list[str]:
-    """What the encoder reads of each item: its title, then its text where that says more."""
-    return [
-        title if text.startswith(title) and text == title else f"{title}. {text}".strip()
-        for title, text in items.select("title", "text").iter_rows()
-    ]
+    """What the encoder reads of each item: its title, then its text unless that begins with the title anyway."""
+    return [text if text.startswith(title) else f"{title}. {text}" for title, text in items.select("title", "text").iter_rows()]
 
 
 def tower_histories(data: Dataset) -> Histories:

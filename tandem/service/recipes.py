@@ -1,6 +1,7 @@
 """The offline spine, one function per command:
 
-import -> split -> aggregate -> apply / materialise -> train towers -> build index -> train ranker -> calibrate -> evaluate -> release -> promote
+import -> split -> aggregate -> apply / materialise -> train towers -> build index -> train ranker -> calibrate -> evaluate
+-> release -> gate -> promote
 """
 
 from __future__ import annotations
@@ -180,10 +181,9 @@ def _train_towers(settings: Settings, progress: Progress) -> dict[str, Any]:
     with _held(settings, "train"), _run(settings, "towers") as log:
         retriever = train_retriever(settings, data, log.metrics, progress)
         log.params({"towers": vars(settings.towers), "encoder": vars(settings.encoder), "items": len(data.items)})
-        encoder = {"model": settings.encoder.model, "max_tokens": settings.encoder.max_tokens, "dtype": settings.encoder.dtype}
         with whole_folder(settings.models / RETRIEVAL) as folder:
             retriever.save(folder)
-            write_json(folder / "encoder.json", encoder | {"fingerprint": _encoder_fingerprint(settings)})
+            write_json(folder / "encoder.json", _encoder_facts(settings))
             write_json(folder / "popular.json", _popular(retriever))
             write_json(folder / "window.json", {name: moment.isoformat() for name, moment in data.split.cutoffs.items()})
     return {
@@ -212,10 +212,13 @@ def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     return {"ranker_features": len(ranker.names), "ranker_tasks": ", ".join(task.name for task in data.source.tasks)}
 
 
-def _encoder_fingerprint(settings: Settings) -> str:
+def _encoder_facts(settings: Settings) -> dict[str, Any]:
+    """What serving needs to open the same encoder; `dtype` as it was resolved here, since "auto" differs between machines."""
     from tandem.service.learn import open_encoder
 
-    return open_encoder(settings).fingerprint
+    encoder = open_encoder(settings)
+    facts = {"model": encoder.model, "max_tokens": settings.encoder.max_tokens, "dtype": encoder.dtype}
+    return facts | {"fingerprint": encoder.fingerprint}
 
 
 def _popular(retriever: Any, k: int = 200) -> dict[str, list[str]]:
@@ -288,7 +291,8 @@ def _plain(name: str) -> str:
 def _evaluated(figures: dict[str, Any]) -> str:
     rows = {row["system"]: row for row in figures["funnel"] if row["slice"] == "all users"}
     towers, ranked = rows["towers"], rows["towers + ranker"]
-    said = f"{towers['users']:,} test users: towers find {towers['recall@100']:.1%} in 100, the ranker lifts NDCG@10 from {towers['ndcg@10']:.4f} to {ranked['ndcg@10']:.4f}"
+    said = f"{towers['users']:,} test users: towers find {towers['recall@100']:.1%} in 100, "
+    said += f"the ranker takes NDCG@10 from {towers['ndcg@10']:.4f} to {ranked['ndcg@10']:.4f}"
     if figures["world"]:
         said += f"; the slate reaches {_share(figures['world'], 'slate'):.0%} of the way from popularity to the best possible"
     return said
@@ -486,7 +490,7 @@ def release_show(settings: Settings, name: str) -> Outcome:
 
 
 def release_gate(settings: Settings, name: str) -> Outcome:
-    """Hold a release against the champion: paired intervals on the same test users. Raises GateRefusedError with the sentences."""
+    """Hold a release against the champion, paired on the same test users. Raises GateRefusedError with the sentences."""
     with _store(settings) as store:
         _, verdict = _judge(store, name)
     rows = tuple(tuple(row.values()) for row in verdict.table().to_dicts())

@@ -1,6 +1,6 @@
-"""The online spine: request -> user row + history -> query -> candidates -> item columns -> predictions -> utility -> rerank -> slate -> log.
+"""The online spine: request -> user row -> query -> candidates -> item columns -> predictions -> rerank -> slate -> served-log.
 
-In: an `Ask`. Out: a `Slate`, always: each stage is timed under its own name and has a named fallback, and the slate says what degraded.
+In: an `Ask`. Out: a `Slate`. Each stage is timed under its own name and has a named fallback; the slate says what degraded.
 """
 
 from __future__ import annotations

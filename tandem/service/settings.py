@@ -160,7 +160,7 @@ class Settings:
 
 
 def load_settings(workspace: Path | None = None, environment: Mapping[str, str] = os.environ) -> Settings:
-    """Settings of `workspace`, else of $TANDEM_HOME, else of ./workspace. Raises InputError naming the key and the nearest one."""
+    """Settings of `workspace`, else of $TANDEM_HOME, else of ./workspace. InputError names a bad key and the nearest one."""
     home = (workspace or Path(environment.get(HOME) or "workspace")).resolve()
     path = home / FILE
     raw = _read_toml(path) if path.is_file() else {}

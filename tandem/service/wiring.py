@@ -105,9 +105,10 @@ def _check_views(settings: Settings, folder: Path) -> None:
         view = here.get(name)
         features = [] if view is None else [each.name for each in view.fields]
         if view is None or view.version != facts["version"] or features != facts["features"]:
+            own = "none" if view is None else f"version {view.version} with {features}"
             raise IncompatibleError(
-                f"{folder.name} was built on view {name} version {facts['version']} with {facts['features']}, but the workspace has "
-                f"{'none' if view is None else f'version {view.version} with {features}'}; build the features again, or create a new release"
+                f"{folder.name} was built on view {name} version {facts['version']} with {facts['features']}, "
+                f"but the workspace has {own}; build the features again, or create a new release"
             )
 
 
@@ -151,8 +152,8 @@ class LazyEncoder:
         encoder = TextEncoder(own.model, device=own.device, dtype=own.dtype, max_tokens=own.max_tokens)
         if encoder.fingerprint != self._facts["fingerprint"]:
             raise IncompatibleError(
-                f"the encoder {own.model!r} is {encoder.fingerprint[:12]} here, but the towers were trained with {self._facts['fingerprint'][:12]}; "
-                "install the model that the release names"
+                f"the encoder {own.model!r} is {encoder.fingerprint[:12]} here, but the towers were trained with "
+                f"{self._facts['fingerprint'][:12]}; install the model that the release names"
             )
         return encoder
 

@@ -1,0 +1,110 @@
+"""The retriever folder: written, loaded, refused when mixed, and searched as the docs say."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.sparse as sp
+
+from retrieval.baselines import ItemKNN
+from retrieval.batches import cut_places, pad_left
+from retrieval.candidates import CandidateConfig
+from retrieval.index import VectorIndex
+from retrieval.retriever import Queries, Retriever, items_fingerprint, tower_scores
+from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
+from tandem.core.errors import IncompatibleError, InputError, NotFoundError
+from tandem.core.folders import read_json, write_json
+
+ITEMS = 60
+LATE = datetime(2025, 6, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def retriever() -> Retriever:
+    random = np.random.default_rng(0)
+    text = random.standard_normal((ITEMS, 12)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    sequences = [random.permutation(np.arange(user % 3, ITEMS, 3))[:9] for user in range(90)]
+    histories = Histories(sequences, [np.ones(9, bool)] * 90, [cut_places(np.arange(9))] * 90, exclude_seen=True)
+    config = TowerConfig(dimension=8, text_block=6, history=20, sequence=8, width=8, epochs=1, ridge=10.0)
+    towers = train_towers(Catalogue(text, text), histories, config, lambda _: None)
+    matrix = sp.csr_matrix((np.ones(810, np.float32), (np.repeat(np.arange(90), 9), np.concatenate(sequences))), (90, ITEMS))
+    items = pl.DataFrame(
+        {
+            "item_id": [f"i{number:02}" for number in range(ITEMS)],
+            "title": [f"Item {number}" for number in range(ITEMS)],
+            "categories": [[f"c{number % 3}"] for number in range(ITEMS)],
+            "available_from": [LATE if number == 59 else None for number in range(ITEMS)],
+        },
+        schema_overrides={"available_from": pl.Datetime("us", "UTC")},
+    )
+    counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
+    return Retriever(items, towers, VectorIndex.build(towers.item_vectors), ItemKNN.fit(matrix, 20), counts, exclude_seen=True)
+
+
+def test_saved_and_loaded_it_answers_alike(retriever: Retriever, tmp_path: Path) -> None:
+    retriever.save(tmp_path)
+    loaded = Retriever.load(tmp_path)
+    assert loaded.search(history=["i00", "i03"], k=7) == retriever.search(history=["i00", "i03"], k=7)
+
+
+def test_search_stays_in_the_users_taste_and_leaves_out_what_was_seen(retriever: Retriever) -> None:
+    found = retriever.search(history=["i00", "i03", "i06"], k=8)
+    assert len({item for item, _, _ in found}) == 8
+    assert not {"i00", "i03", "i06"} & {item for item, _, _ in found}
+    assert sum(int(item[1:]) % 3 == 0 for item, _, _ in found) >= 6
+    assert [score for *_, score in found] == sorted((score for *_, score in found), reverse=True)
+
+
+def test_unknown_items_in_a_history_are_skipped(retriever: Retriever) -> None:
+    assert retriever.search(history=["nobody", "i03"], k=3) == retriever.search(history=["i03"], k=3)
+
+
+def test_k_above_the_catalogue_returns_all_that_is_eligible(retriever: Retriever) -> None:
+    assert len(retriever.search(k=1000)) == ITEMS
+
+
+def test_tower_scores_are_inner_products_also_of_what_other_sources_found(retriever: Retriever) -> None:
+    queries = Queries(pad_left([np.array([1, 4])], 20), [np.empty(0, np.int64)], 0)
+    found, scores = retriever.candidates(queries, CandidateConfig(k=ITEMS))
+    vectors = retriever.vectors(queries)
+    expected = (vectors @ retriever.towers.item_vectors.T)[0][found.ids[0]]
+    assert np.allclose(scores[0], expected, atol=1e-4)
+    with pytest.raises(InputError, match="coordinates"):
+        tower_scores(vectors[:, :-1], retriever.towers.item_vectors, found.ids)
+
+
+def test_an_item_of_tomorrow_is_not_available_today(retriever: Retriever) -> None:
+    before = int(datetime(2025, 5, 1, tzinfo=UTC).timestamp() * 1e6)
+    assert not retriever.available(before)[59]
+    assert retriever.available(before + 60 * 86_400 * 10**6).all()
+
+
+def test_similar_never_returns_the_item_itself(retriever: Retriever) -> None:
+    rows, cosines = retriever.similar(4, 10)
+    assert 4 not in rows
+    assert (np.diff(cosines) <= 0).all()
+
+
+def test_a_mixed_folder_is_refused_with_both_fingerprints(retriever: Retriever, tmp_path: Path) -> None:
+    retriever.save(tmp_path)
+    facts = read_json(tmp_path / "retriever.json")
+    write_json(tmp_path / "retriever.json", facts | {"towers": "0123456789abcdef"})
+    with pytest.raises(IncompatibleError, match=rf"{retriever.towers.fingerprint[:12]}.*0123456789ab"):
+        Retriever.load(tmp_path)
+
+
+def test_another_item_order_is_refused(retriever: Retriever, tmp_path: Path) -> None:
+    retriever.save(tmp_path)
+    shuffled = retriever.items.reverse()
+    assert items_fingerprint(shuffled) != items_fingerprint(retriever.items)
+    shuffled.write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(IncompatibleError, match="items are"):
+        Retriever.load(tmp_path)
+
+
+def test_an_empty_folder_names_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="tandem train towers"):
+        Retriever.load(tmp_path)

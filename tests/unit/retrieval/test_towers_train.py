@@ -1,0 +1,137 @@
+"""The towers on a world with known answers: a checkerboard of tastes, with texts that tell a new item's taste."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from retrieval.batches import cut_places, pad_left
+from retrieval.towers import Towers
+from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
+from tandem.core.errors import IncompatibleError, InputError
+
+TOPICS, PER_TOPIC, USERS = 4, 15, 240
+ITEMS = TOPICS * PER_TOPIC
+CONFIG = TowerConfig(dimension=16, text_block=8, history=20, sequence=8, width=16, ridge=20.0, epochs=2, validation_users=0.1)
+
+
+def _catalogue(seed: int = 0) -> Catalogue:
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((TOPICS, 24))
+    text = centres[np.arange(ITEMS) % TOPICS] + 0.3 * random.standard_normal((ITEMS, 24))
+    text = (text / np.linalg.norm(text, axis=1, keepdims=True)).astype(np.float32)
+    return Catalogue(text, text)
+
+
+def _histories(untouched: tuple[int, ...] = (), seed: int = 1) -> Histories:
+    """Each user stays within one topic; items in `untouched` are never seen."""
+    random = np.random.default_rng(seed)
+    sequences = []
+    for user in range(USERS):
+        own = np.setdiff1d(np.arange(user % TOPICS, ITEMS, TOPICS), untouched)
+        sequences.append(random.permutation(own)[:8])
+    return Histories(sequences, [np.ones(8, bool)] * USERS, [cut_places(np.arange(8))] * USERS, exclude_seen=True)
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    return train_towers(_catalogue(), _histories(untouched=(0, 1)), CONFIG, lambda _: None)
+
+
+def test_a_user_gets_their_own_topic(towers: Towers) -> None:
+    for topic in range(TOPICS):
+        seen = np.arange(topic, ITEMS, TOPICS)[2:7]
+        scores = (towers.query(pad_left([seen], 20)) @ towers.item_vectors.T)[0]
+        scores[seen] = -np.inf
+        found = np.argsort(-scores)[:7]
+        assert (found % TOPICS == topic).mean() >= 0.85
+
+
+def test_an_item_nobody_has_touched_is_found_by_its_text(towers: Towers) -> None:
+    """Item 0 has topic 0 in its text only; for a user of topic 0 it beats the items of other topics."""
+    scores = (towers.query(pad_left([np.array([4, 8, 12])], 20)) @ towers.item_vectors.T)[0]
+    others = np.flatnonzero(np.arange(ITEMS) % TOPICS != 0)
+    assert scores[0] > np.quantile(scores[others], 0.95)
+
+
+def test_a_sentence_alone_finds_items_with_that_text(towers: Towers) -> None:
+    text = _catalogue().text
+    scores = (towers.query(np.full((1, 1), -1), text[[5]]) @ towers.item_vectors.T)[0]
+    assert scores.argmax() == 5
+    assert (np.argsort(-scores)[:8] % TOPICS == 5 % TOPICS).mean() >= 0.75
+
+
+def test_no_history_and_no_sentence_is_popularity(towers: Towers) -> None:
+    scores = (towers.query(np.full((1, 1), -1)) @ towers.item_vectors.T)[0]
+    assert np.allclose(scores, towers.item_vectors[:, CONFIG.dimension], atol=1e-6)
+
+
+def test_batch_companions_change_nothing(towers: Towers) -> None:
+    histories = pad_left([np.array([4, 8]), np.array([1, 5, 9, 13, 17]), np.array([], np.int64)], 20)
+    together = towers.query(histories)
+    alone = np.concatenate([towers.query(pad_left([row[row >= 0]], 20)) for row in histories])
+    assert np.allclose(together, alone, atol=1e-4)
+
+
+def test_same_seed_same_bytes(towers: Towers, tmp_path: Path) -> None:
+    again = train_towers(_catalogue(), _histories(untouched=(0, 1)), CONFIG, lambda _: None)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    towers.save(tmp_path / "a")
+    again.save(tmp_path / "b")
+    assert towers.fingerprint == again.fingerprint
+
+
+def test_saved_and_loaded_answers_alike(towers: Towers, tmp_path: Path) -> None:
+    towers.save(tmp_path)
+    loaded = Towers.load(tmp_path)
+    histories = pad_left([np.array([3, 7])], 20)
+    assert (loaded.item_vectors == towers.item_vectors).all()
+    assert (loaded.query(histories) == towers.query(histories)).all()
+    assert loaded.fingerprint == towers.fingerprint
+
+
+def test_swapped_weights_are_refused(towers: Towers, tmp_path: Path) -> None:
+    towers.save(tmp_path)
+    weights = tmp_path / "towers.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(IncompatibleError, match=r"not the file that towers\.json describes"):
+        Towers.load(tmp_path)
+
+
+def test_training_never_ends_below_its_start() -> None:
+    """The closed-form start competes as epoch 0: a destructive learning rate cannot lose what it gave."""
+    log: list[dict[str, float]] = []
+    wild = replace(CONFIG, learning_rate=1.0, item_learning_rate=1.0, epochs=2)
+    trained = train_towers(_catalogue(), _histories(), wild, log.append)
+    start = log[0]["towers/validation_recall_at_100"]
+    assert float(trained.facts["validation_recall_at_100"]) >= start  # type: ignore[arg-type]
+
+
+def test_the_random_state_of_the_caller_is_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    train_towers(_catalogue(), _histories(), replace(CONFIG, epochs=1), lambda _: None)
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_vectors_are_named(value: float) -> None:
+    broken = _catalogue().text.copy()
+    broken[7, 0] = value
+    with pytest.raises(InputError, match=r"\[7\]"):
+        train_towers(Catalogue(broken, _catalogue().text), _histories(), CONFIG, lambda _: None)
+
+
+def test_one_moment_per_user_is_nothing_to_learn_from() -> None:
+    flat = replace(_histories(), cuts=[np.empty(0, np.int64)] * USERS)
+    with pytest.raises(InputError, match="two moments"):
+        train_towers(_catalogue(), flat, CONFIG, lambda _: None)
+
+
+def test_an_unknown_item_in_a_history_is_refused(towers: Towers) -> None:
+    with pytest.raises(InputError, match=f"holds item {ITEMS}"):
+        towers.query(np.array([[ITEMS]]))
