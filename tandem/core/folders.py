@@ -21,6 +21,7 @@ from tandem.core.errors import BusyError, IntegrityError
 
 MANIFEST: Final = "manifest.json"
 _PARTIAL: Final = ".partial-"
+_RETIRED: Final = f"{_PARTIAL}old-"
 
 
 def file_hash(path: Path) -> str:
@@ -31,7 +32,7 @@ def file_hash(path: Path) -> str:
 
 def content_hash(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form, in hex."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -60,17 +61,20 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: after a crash it holds the old text or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
-    with beside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically; keys sorted, so that equal values are equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -110,9 +114,16 @@ def held(lock: Path, who: str) -> Iterator[None]:
 
 
 def sweep_partials(folder: Path) -> int:
-    """Remove what crashed writers left in `folder`; returns how many. Call it only while holding the folder's lock."""
-    left = list(folder.glob(f"{_PARTIAL}*")) if folder.is_dir() else []
+    """Remove what crashed writers left in `folder`; returns how many. Call it only while holding the folder's lock.
+
+    A folder that was set aside for a successor that never came takes its place again.
+    """
+    left = sorted(folder.glob(f"{_PARTIAL}*")) if folder.is_dir() else []
     for path in left:
+        target = folder / path.name.removeprefix(_RETIRED).rpartition("~")[0]
+        if path.name.startswith(_RETIRED) and not target.exists():
+            path.rename(target)
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -121,7 +132,7 @@ def sweep_partials(folder: Path) -> int:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    retired = target.parent / f"{_PARTIAL}old-{uuid.uuid4().hex[:8]}"
+    retired = target.parent / f"{_RETIRED}{target.name}~{uuid.uuid4().hex[:8]}"
     if target.exists():
         target.rename(retired)
     partial.rename(target)

@@ -72,10 +72,11 @@ class Task:
     def matches(self) -> pl.Expr:
         """Boolean expression over `events`: is this event a positive label of the task?"""
         hit = pl.col("action") == self.action
+        value = pl.col("value").fill_nan(None)  # Polars orders NaN above every number
         if self.at_least is not None:
-            hit &= pl.col("value").fill_null(float("-inf")) >= self.at_least
+            hit &= value.fill_null(float("-inf")) >= self.at_least
         if self.below is not None:
-            hit &= pl.col("value").fill_null(float("inf")) < self.below
+            hit &= value.fill_null(float("inf")) < self.below
         return hit
 
 

@@ -49,6 +49,7 @@ from tandem.service.settings import Settings
 DRAIN_SECONDS: Final = 1.0
 _LOCAL_NAMES: Final = ("127.0.0.1", "localhost", "::1")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_HOST: Final = re.compile(r"(?:(?P<name>[a-z0-9._-]+)|\[(?P<six>[0-9a-f:.]+)\])(?::[0-9]{1,5})?")
 _PAGE: Final = Path(__file__).with_name("page.html")
 _PAGE_POLICY: Final = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
@@ -104,11 +105,12 @@ class Service:
         return self._recommender.release if self._recommender else None
 
     def open(self) -> None:
-        """Load the champion unless a recommender was given, and go ready."""
+        """Load the champion unless a recommender was given, warm it up, and go ready."""
         if self._recommender is None:
             from tandem.service.wiring import open_recommender
 
             self._recommender = open_recommender(self.settings)
+        self._recommender.warm()
         self.metrics.release.labels(self._recommender.release).set(1)
         self.turn("ready")
 
@@ -145,7 +147,8 @@ Here = Annotated[Service, Depends(service_of)]
 def known_host(request: Request, service: Here) -> None:
     """Refuse host names that are not ours: a web page may point its own name at a loopback address."""
     allowed = allowed_hosts(service.settings)
-    name = request.url.hostname or ""
+    parsed = _HOST.fullmatch(request.headers.get("host", "").lower())
+    name = (parsed["name"] or parsed["six"]) if parsed else ""
     if "*" not in allowed and not any(name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in allowed):
         raise Refused(BAD_HOST)
 

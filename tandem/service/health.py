@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,7 @@ from feature_repo.online import UserReader
 from feature_repo.snapshot import Snapshot
 from feature_repo.store import load_events
 from feature_repo.views import ViewSchema, read_views
+from tandem.service.clock import make_clock
 from tandem.service.settings import Settings
 
 _SAMPLE: Final = 2000
@@ -29,7 +30,7 @@ def feature_checks(settings: Settings, now: datetime | None = None) -> list[Chec
     return [
         leakage(training_sample(settings, views), tables),
         _online_parity(settings.workspace, [view for view in views if view.entity == "user"], tables),
-        freshness(snapshot.as_of, FRESH, now or datetime.now(UTC)),
+        freshness(snapshot.as_of, FRESH, now or make_clock(settings)()),
     ]
 
 

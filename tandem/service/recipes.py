@@ -6,6 +6,7 @@ import -> split -> aggregate -> apply / materialise -> train towers -> build ind
 
 from __future__ import annotations
 
+import dataclasses
 import getpass
 import json
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def features_build(settings: Settings) -> Outcome:
     """Aggregate events into timestamped feature tables."""
     from feature_repo.aggregates import build_tables, write_tables
     from feature_repo.store import load_events, load_items, load_source, load_users
+    from tandem.service.clock import make_clock
 
     with _held(settings, "features build"):
         tables = build_tables(
@@ -105,7 +107,7 @@ def features_build(settings: Settings) -> Outcome:
             load_items(settings.data),
             load_users(settings.data),
             load_source(settings.data),
-            settings.features,
+            dataclasses.replace(settings.features, until=make_clock(settings)()),
         )
         views = write_tables(tables, settings.feature_tables)
     rows = tuple((view.name, view.entity, len(tables[view.name]), len(view.fields)) for view in views)
@@ -132,8 +134,9 @@ def features_apply(settings: Settings) -> Outcome:
 def features_materialize(settings: Settings, since: datetime | None = None) -> Outcome:
     """Copy the newest rows to the online store and write the item snapshot."""
     from feature_repo.materialize import materialize
+    from tandem.service.clock import make_clock
 
-    counts = materialize(settings.workspace, since=since)
+    counts = materialize(settings.workspace, until=make_clock(settings)(), since=since)
     rows = tuple((name, each.written, each.late, each.quarantined) for name, each in counts.views.items())
     data = {
         "views": {name: vars(each) for name, each in counts.views.items()},

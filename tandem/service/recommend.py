@@ -115,6 +115,7 @@ class Parts:
     config: Any
     rerank: RerankSettings
     views: str
+    clock: Callable[[], datetime]
 
 
 class _Clock:
@@ -158,7 +159,7 @@ class Recommender:
 
     def recommend(self, ask: Ask, now: datetime | None = None) -> Slate:
         """The spine. Unknown users, items and words are answered; raises InputError only for an ask that means nothing."""
-        ask, now = _checked(ask), now or datetime.now(UTC)
+        ask, now = _checked(ask), now or self._parts.clock()
         clock = _Clock()
         users, cold = self._user(ask, now, clock)
         sentence = self._sentence(ask, clock)
@@ -169,7 +170,7 @@ class Recommender:
         order, propensity = self._rerank(found, scores, ask.k, clock)
         items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
         slate = self._slate(ask, items, cold, clock)
-        self._log(ask, slate, now)
+        self._log(ask, slate)
         return slate
 
     def similar(self, item_id: str, k: int = 10, now: datetime | None = None) -> Slate:
@@ -177,7 +178,7 @@ class Recommender:
         retriever, clock = self._parts.retriever, _Clock()
         item = self._row(item_id)
         with clock.stage("similar"):
-            rows, scores = retriever.similar(item, k, retriever.available(_us(now or datetime.now(UTC))))
+            rows, scores = retriever.similar(item, k, retriever.available(_us(now or self._parts.clock())))
         title = self._titles[item]
         items = tuple(
             SlateItem(
@@ -190,7 +191,7 @@ class Recommender:
 
     def why(self, user_id: str, item_id: str, now: datetime | None = None) -> Why:
         """Which stage dropped the item for this user, or at what rank and score it passed each of them."""
-        item, now, clock = self._row(item_id), now or datetime.now(UTC), _Clock()
+        item, now, clock = self._row(item_id), now or self._parts.clock(), _Clock()
         ask = _checked(Ask(user_id=user_id))
         users, _ = self._user(ask, now, clock)
         queries = self._queries(ask, users, None, now)
@@ -220,6 +221,10 @@ class Recommender:
             else f"ranked {rank} of {len(scores)} candidates: not among the first 10"
         )
         return Why(user_id, item_id, self._titles[item], verdict, tuple(stages))
+
+    def warm(self) -> None:
+        """Load now what is otherwise loaded at the first sentence. What fails here degrades an answer later, which says so."""
+        self._sentence(Ask(query="warm up"), _Clock())
 
     def close(self) -> None:
         """Write what the served-log still holds."""
@@ -385,9 +390,10 @@ class Recommender:
     def _slate(self, ask: Ask, items: tuple[SlateItem, ...], cold: bool, clock: _Clock) -> Slate:
         return Slate(items, self.release, ask.request_id or uuid.uuid4().hex, tuple(clock.degraded), clock.total(), cold)
 
-    def _log(self, ask: Ask, slate: Slate, now: datetime) -> None:
+    def _log(self, ask: Ask, slate: Slate) -> None:
         if self._parts.log is None:
             return
+        now = datetime.now(UTC)
         self._parts.log.write(
             [
                 {

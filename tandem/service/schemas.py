@@ -22,6 +22,7 @@ MAX_LIST: Final = 1000
 """Session items, excluded items or categories in one request."""
 
 _ALLOWED_CONTROLS: Final = frozenset("\t\n\r")
+_NOT_TEXT: Final = frozenset({"Cc", "Cs"})
 
 
 def _id(value: str) -> str:
@@ -33,8 +34,8 @@ def _id(value: str) -> str:
 
 def _text(value: str) -> str:
     normal = unicodedata.normalize("NFC", value)
-    if any(unicodedata.category(letter) == "Cc" and letter not in _ALLOWED_CONTROLS for letter in normal):
-        raise PydanticCustomError("control_character", "Text may not hold control characters")
+    if any(unicodedata.category(letter) in _NOT_TEXT and letter not in _ALLOWED_CONTROLS for letter in normal):
+        raise PydanticCustomError("not_text", "Text may hold neither control characters nor lone surrogates")
     return normal
 
 

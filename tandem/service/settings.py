@@ -90,7 +90,10 @@ class RerankSettings:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """The HTTP service. `keys` are SHA-256 hashes (hex) of API keys; none is allowed on a loopback address only."""
+    """The HTTP service. `keys` are SHA-256 hashes (hex) of API keys; none is allowed on a loopback address only.
+
+    `clock`: what time it is for features and requests, see `clock.py`.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8100
@@ -100,6 +103,7 @@ class ServiceSettings:
     keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ("*",)
     sentence_weight: float = 3.0
+    clock: Literal["auto", "now", "data"] = "auto"
 
 
 @dataclass(frozen=True)

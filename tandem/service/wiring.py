@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from retrieval.retriever import Retriever
 from tandem.core.errors import IncompatibleError, NotFoundError
 from tandem.core.folders import read_json
 from tandem.service.assemble import Assembler
+from tandem.service.clock import make_clock
 from tandem.service.learn import open_assembler
 from tandem.service.recommend import Parts, Recommender
 from tandem.service.settings import EncoderSettings, Settings
@@ -53,6 +55,7 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
             config=replace(settings.candidates, k=settings.ranker.candidates),
             rerank=settings.rerank,
             views=view_versions({view.name: view.version for view in views}),
+            clock=make_clock(settings),
         )
     )
 
@@ -78,7 +81,7 @@ def load_folder(folder: Path) -> Recommender:
     return Recommender(
         Parts(
             manifest.name, retriever, ranker, assembler, None, None, None, LazyEncoder(folder, settings), None,
-            replace(settings.candidates, k=settings.ranker.candidates), settings.rerank, "{}",
+            replace(settings.candidates, k=settings.ranker.candidates), settings.rerank, "{}", lambda: datetime.now(UTC),
         )
     )  # fmt: skip
 

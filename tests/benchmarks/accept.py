@@ -1,7 +1,7 @@
 """`make accept`: each real data set, whole, from raw files to a promoted release that answers; then the figures it must reach.
 
-Every step is the command a person would type, in a process of its own. Figures go to the terminal and to `accept-figures.json` in the
-working folder; what is missed is said, and the exit code is 1.
+Every step is the command a person would type, in a process of its own. Figures go to the terminal and, with --keep, to
+`accept-figures.json` in that folder; what is missed is said, and the exit code is 1.
 
     python tests/benchmarks/accept.py [ranklens movielens goodbooks online-retail world] [--keep FOLDER]
 """
@@ -136,9 +136,8 @@ def systems(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def show(name: str, figures: dict[str, Any]) -> None:
     for system, row in systems(figures).items():
-        print(
-            f"{system:>16}  recall@100 {row['recall@100']:.4f}  ndcg@10 {row['ndcg@10']:.4f}  coverage@10 {row['coverage@10']:.3f}"
-        )
+        figures_of_row = "  ".join(f"{metric} {row[metric]:.4f}" for metric in ("recall@100", "ndcg@10", "coverage@10"))
+        print(f"{system:>16}  {figures_of_row}")
     for row in figures["tasks"]:
         print(f"{row['task']:>16}  auc {row['auc'] or float('nan'):.3f}  ece {row['ece']:.4f}")
     print(f"{name}: {figures['seconds']}", flush=True)
@@ -155,13 +154,10 @@ def judge(name: str, figures: dict[str, Any]) -> list[str]:
     if name == "world":
         world = figures["world"]
         share = (world["slate"] - world["popularity"]) / (world["best possible"] - world["popularity"])
-        print(
-            f"world: the slate reaches {share:.3f} of the way; popularity is {world['popularity'] / world['best possible']:.2f} of the best"
-        )
+        popular = world["popularity"] / world["best possible"]
+        print(f"world: the slate reaches {share:.3f} of the way; popularity is {popular:.2f} of the best possible")
         misses += [f"world: share of the best {share:.3f} < 0.4"] if share < 0.4 else []
-        return misses + (
-            ["world: popularity is above half of the best"] if world["popularity"] > world["best possible"] / 2 else []
-        )
+        return misses + (["world: popularity is above half of the best"] if popular > 0.5 else [])
     for metric, low, high, what in (
         ("recall@100", knn, towers, "towers below item-kNN"),
         ("ndcg@10", towers, ranked, "ranker below towers"),

@@ -326,6 +326,8 @@ class Failing:
     def recommend(self, ask: Ask) -> Slate:
         raise self._error
 
+    def warm(self) -> None: ...
+
     def close(self) -> None: ...
 
 

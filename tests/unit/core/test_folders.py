@@ -196,7 +196,6 @@ def test_a_folder_that_cannot_be_synced_does_not_replace_the_old_one(tmp_path: P
     assert names(tmp_path / "models") == ["old"]
 
 
-@pytest.mark.xfail(strict=True, reason="_swap moves the old folder away before the new one takes its place")
 def test_a_writer_killed_while_swapping_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
     """Whatever call the swap dies at, and after the next sweep, one whole folder stands there."""
     fill(tmp_path / "models", old="1")
