@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +22,7 @@ Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 _FIT_ROWS: Final = 100_000
+_ROWS_AT_ONCE: Final = 4_096
 _CLIP: Final = 3.0
 _CLIP_WITHIN: Final = 5.0
 
@@ -120,10 +122,11 @@ def normal_within(values: NDArray[np.float64], groups: Groups, counted: Mask) ->
     group, value, use = groups.index[order], values[order], (counted & finite)[order]
     fresh = np.ones(len(order), bool)
     fresh[1:] = (group[1:] != group[:-1]) | ~(value[1:] == value[:-1])
-    ties = Groups.of(np.cumsum(fresh))
+    first = np.flatnonzero(fresh)
+    after = np.append(first[1:], len(order))
     before = np.concatenate([[0.0], np.cumsum(use, dtype=np.float64)])
-    below = before[ties.starts] - before[groups.starts][group[ties.starts]]
-    middle = (below + ties.sum(use.astype(np.float64)) / 2.0)[ties.index]
+    below = before[first] - before[groups.starts][group[first]]
+    middle = (below + (before[after] - before[first]) / 2.0)[np.cumsum(fresh) - 1]
     n = np.maximum(groups.sum((counted & finite).astype(np.float64)), 1.0)[group]
     scores = np.empty(len(order))
     scores[order] = ndtri(np.clip(middle / n, 0.5 / n, 1.0 - 0.5 / n))
@@ -158,6 +161,55 @@ class Quantiles:
 
 
 @dataclass(frozen=True)
+class QuantileMaps:
+    """Many columns' `Quantiles` as tables, applied at once: half the time of one np.interp per column at 300 rows.
+
+    `columns` (U,) places of the columns that vary; `knots` (K, U) ascending, padded with inf; `origin`, `level` and `slope`
+    (U · (K+1),): the straight piece that holds after j knots have been passed.
+    """
+
+    columns: Ints
+    knots: Floats
+    origin: Floats
+    level: Floats
+    slope: Floats
+
+    @classmethod
+    def of(cls, quantiles: Sequence[Quantiles]) -> QuantileMaps:
+        """Tables of all columns that are not constant."""
+        varied = [place for place, one in enumerate(quantiles) if not one.constant]
+        size = max((len(quantiles[place].values) for place in varied), default=0)
+        knots = np.full((size, len(varied)), np.inf)
+        origin, level, slope = np.zeros((3, len(varied), size + 1))
+        for row, place in enumerate(varied):
+            x, y = np.array(quantiles[place].values), np.array(quantiles[place].levels)
+            knots[: len(x), row] = x
+            origin[row], level[row] = x[-1], y[-1]
+            origin[row, : len(x)], level[row, : len(x)] = [x[0], *x[:-1]], [y[0], *y[:-1]]
+            slope[row, 1 : len(x)] = np.minimum(np.diff(y) / np.diff(x), 1e30)
+        tables = (table.astype(np.float32).ravel() for table in (origin, level, slope))
+        return cls(np.array(varied, np.int64), knots.astype(np.float32), *tables)
+
+    def __call__(self, features: Floats) -> Floats:
+        """(P, F) → (P, U) float32 levels; NaN and infinities give NaN."""
+        out = np.empty((len(features), len(self.columns)), np.float32)
+        for at in range(0, len(features), _ROWS_AT_ONCE):
+            out[at : at + _ROWS_AT_ONCE] = self._levels(np.take(features[at : at + _ROWS_AT_ONCE], self.columns, axis=1))
+        return out
+
+    def _levels(self, values: Floats) -> Floats:
+        passed = np.zeros(values.shape, np.uint8)
+        above = np.empty(values.shape, bool)
+        for knots in self.knots:
+            np.greater_equal(values, knots, out=above)
+            passed += above.view(np.uint8)
+        place = passed + np.arange(len(self.columns)) * (len(self.knots) + 1)
+        with np.errstate(invalid="ignore"):
+            levels: Floats = self.level[place] + self.slope[place] * (values - self.origin[place])
+        return levels
+
+
+@dataclass(frozen=True)
 class InputTransform:
     """Raw features → (base (P,), inputs (P, D)): standardised columns, missing flags, within-request copies.
 
@@ -186,11 +238,11 @@ class InputTransform:
             rows = np.sort(rng.choice(rows, _FIT_ROWS, replace=False))
         sample = examples.features[rows]
         quantiles = tuple(Quantiles.fit(column, knots) for column in sample.T)
-        share = np.isnan(sample).mean(axis=0) if len(rows) else np.zeros(len(examples.names))
+        share = (~np.isfinite(sample)).mean(axis=0) if len(rows) else np.zeros(len(examples.names))
         flagged = tuple(name for name, part in zip(examples.names, share, strict=True) if 0.001 < part < 0.999)
         return cls(examples.names, base, within_request, quantiles, flagged)
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         """Raw column that each of the D inputs comes from."""
         used = [name for name, q in zip(self.names, self.quantiles, strict=True) if not q.constant]
@@ -227,14 +279,19 @@ class InputTransform:
         return (z, normal) if rows is None else (z[rows], normal[rows])
 
     def _inputs(self, features: Floats, within: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> Floats:
-        used = [np.interp(x, q.values, q.levels) for x, q in zip(features.T, self.quantiles, strict=True) if not q.constant]
-        flags = [np.isnan(self._column(features, name)) for name in self.flagged]
-        copies = [copy for name in self.within_request for copy in within[name]]
         out = np.empty((len(features), len(self.sources)), np.float32)
-        for place, column in enumerate([*used, *flags, *copies]):
+        used = len(self._maps.columns)
+        out[:, :used] = self._maps(features)
+        flags = [~np.isfinite(self._column(features, name)) for name in self.flagged]
+        copies = [copy for name in self.within_request for copy in within[name]]
+        for place, column in enumerate([*flags, *copies], start=used):
             out[:, place] = column
         out[np.isnan(out)] = 0.0
         return out
+
+    @cached_property
+    def _maps(self) -> QuantileMaps:
+        return QuantileMaps.of(self.quantiles)
 
     def _column(self, features: Floats, name: str) -> NDArray[np.float64]:
         return features[:, self.names.index(name)].astype(np.float64)

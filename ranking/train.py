@@ -98,6 +98,8 @@ class RankerConfig:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.positive)
+        if not 2 <= self.knots <= 255:
+            raise InputError(f"knots = {self.knots}; give 2 to 255")
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden = {self.hidden}; give at least one layer of at least one unit")
         if not 0.0 <= self.dropout < 1.0:

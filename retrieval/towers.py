@@ -52,10 +52,14 @@ class ItemTower(nn.Module):
         self.id = nn.Parameter(torch.zeros(items, dimension))
         self.content = nn.Parameter(torch.zeros(content, dimension), requires_grad=False)
 
-    def forward(self, content: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """`keep` (N,) in {0, 1} drops id vectors, so that the content map has to carry the item."""
+    def base(self, content: torch.Tensor) -> torch.Tensor:
+        """What content (N, C) says of the taste, (N, D). The map is not trained further, so one call serves a whole training."""
+        return content @ self.content
+
+    def forward(self, base: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """`keep` (N,) in {0, 1} drops id vectors, so that the items are seen by their content alone, as new ones are."""
         identity = self.id if keep is None else self.id * keep[:, None]
-        return torch.add(identity, content @ self.content)
+        return torch.add(identity, base)
 
 
 class SequenceEncoder(nn.Module):
@@ -157,8 +161,8 @@ class Towers:
         self._block = block
         with torch.inference_mode():
             inputs = torch.from_numpy(content)
-            self._inner = network.inner(inputs)
-            outer = network.outer(inputs).numpy()
+            self._inner = network.inner(network.inner.base(inputs))
+            outer = network.outer(network.outer.base(inputs)).numpy()
         self.item_vectors: np.ndarray = self._assemble(outer, network.popularity.detach().numpy(), block(text))
         self._content = content
         self._text = text

@@ -36,8 +36,8 @@ class TowerConfig:
     width: int = 64
     layers: int = 1
     ridge: float = 300.0
-    epochs: int = 12
-    patience: int = 3
+    epochs: int = 10
+    patience: int = 2
     batch_size: int = 256
     horizon: int = 50
     item_learning_rate: float = 1e-4
@@ -81,6 +81,19 @@ class Histories:
         return self.take(user for user, cuts in enumerate(self.cuts) if len(cuts))
 
 
+@dataclass(frozen=True)
+class Bases:
+    """What content says of every item's taste, as history and as candidate: (N, D) each, the same for a whole training."""
+
+    inner: torch.Tensor
+    outer: torch.Tensor
+
+    @classmethod
+    def of(cls, network: TwoTowers, content: np.ndarray) -> Bases:
+        inputs = torch.from_numpy(content)
+        return cls(network.inner.base(inputs), network.outer.base(inputs))
+
+
 def train_towers(catalogue: Catalogue, histories: Histories, config: TowerConfig, log: Log) -> Towers:
     """Trained towers over the catalogue; deterministic on the CPU for one seed. Raises InputError without any usable history."""
     _check(catalogue, histories)
@@ -90,14 +103,14 @@ def train_towers(catalogue: Catalogue, histories: Histories, config: TowerConfig
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = _started(catalogue, learn, shape, config)
-        best = _fit(network, torch.from_numpy(catalogue.content), learn, validate, config, random, log)
+        best = _fit(network, Bases.of(network, catalogue.content), learn, validate, config, random, log)
     block = TextBlock.fit(catalogue.text, shape.text_block)
     return _finished(shape, network, catalogue, block, best, validate)
 
 
 def _fit(
     network: TwoTowers,
-    content: torch.Tensor,
+    bases: Bases,
     learn: Histories,
     validate: Histories,
     config: TowerConfig,
@@ -106,10 +119,10 @@ def _fit(
 ) -> dict[str, object]:
     """The training loop, written out. Leaves the best weights in `network`; the closed-form start competes as epoch 0."""
     usable = learn.usable()
-    counts = _counts(learn, len(content))
+    counts = _counts(learn, len(bases.inner))
     sampler = NegativeSampler(counts, config.uniform_negatives, config.popular_negatives)
     optimizer = _optimizer(network, config)
-    best_recall, best_epoch = _weigh_popularity(network, content, counts, validate, config), 0
+    best_recall, best_epoch = _weigh_popularity(network, bases, counts, validate, config), 0
     best_state = copy.deepcopy(network.state_dict())
     log({"towers/epoch": 0, "towers/validation_recall_at_100": best_recall})
     for number in range(1, config.epochs + 1 if usable.sequences else 1):
@@ -118,13 +131,13 @@ def _fit(
             usable.sequences, usable.cuts, size=config.batch_size, length=config.history, horizon=config.horizon,
             exclude_seen=usable.exclude_seen, targets=usable.positive, random=random,
         ):  # fmt: skip
-            loss = _batch_loss(network, content, batch, sampler, usable.exclude_seen, config, random)
+            loss = _batch_loss(network, bases, batch, sampler, usable.exclude_seen, config, random)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
             losses.append(float(loss.detach()))
-        recall = validation_recall(network, content, validate, config)
+        recall = validation_recall(network, bases, validate, config)
         log({"towers/epoch": number, "towers/loss": float(np.mean(losses)), "towers/validation_recall_at_100": recall})
         if recall > best_recall:
             best_recall, best_epoch, best_state = recall, number, copy.deepcopy(network.state_dict())
@@ -134,15 +147,13 @@ def _fit(
     return {"best_epoch": best_epoch, "validation_recall_at_100": best_recall, "validation_users": len(validate.sequences)}
 
 
-def _weigh_popularity(
-    network: TwoTowers, content: torch.Tensor, counts: np.ndarray, validate: Histories, config: TowerConfig
-) -> float:
+def _weigh_popularity(network: TwoTowers, bases: Bases, counts: np.ndarray, validate: Histories, config: TowerConfig) -> float:
     """Give the start the weight of log popularity that has the best validation recall, and return that recall."""
     logs = torch.from_numpy(np.log1p(counts).astype(np.float32))
     recalls = {}
     for weight in POPULARITY_WEIGHTS:
         network.popularity.data = logs * weight
-        recalls[weight] = validation_recall(network, content, validate, config)
+        recalls[weight] = validation_recall(network, bases, validate, config)
     best = max(recalls, key=recalls.__getitem__)
     network.popularity.data = logs * best
     return recalls[best]
@@ -150,7 +161,7 @@ def _weigh_popularity(
 
 def _batch_loss(
     network: TwoTowers,
-    content: torch.Tensor,
+    bases: Bases,
     batch: Batch,
     sampler: NegativeSampler,
     exclude_seen: bool,
@@ -158,13 +169,13 @@ def _batch_loss(
     random: np.random.Generator,
 ) -> torch.Tensor:
     network.train()
-    keep = torch.from_numpy((random.random(len(content)) >= config.id_dropout).astype(np.float32))
+    keep = torch.from_numpy((random.random(len(bases.inner)) >= config.id_dropout).astype(np.float32))
     histories = torch.from_numpy(batch.histories)
     present = (histories >= 0) & torch.from_numpy(random.random(histories.shape) >= config.history_dropout)
-    user = network.taste(histories, network.inner(content), present)
+    user = network.taste(histories, network.inner(bases.inner), present)
     drawn = sampler.draw(batch.items, random)
     chosen = torch.from_numpy(drawn.items)
-    scores = user @ network.outer(content, keep)[chosen].T + network.popularity[chosen]
+    scores = user @ network.outer(bases.outer, keep)[chosen].T + network.popularity[chosen]
     columns = torch.from_numpy(np.searchsorted(drawn.items, batch.items))
     hidden = _seen_columns(batch.histories, drawn.items) if exclude_seen else None
     return sampled_softmax(scores, torch.from_numpy(drawn.log_expected), torch.from_numpy(batch.rows), columns, hidden)
@@ -181,9 +192,7 @@ def _seen_columns(histories: np.ndarray, candidates: np.ndarray) -> torch.Tensor
     return torch.from_numpy(hidden)
 
 
-def validation_recall(
-    network: TwoTowers, content: torch.Tensor, histories: Histories, config: TowerConfig, k: int = 100
-) -> float:
+def validation_recall(network: TwoTowers, bases: Bases, histories: Histories, config: TowerConfig, k: int = 100) -> float:
     """Mean recall@k over the users cut at 80% of their history, against the whole catalogue."""
     network.eval()
     cuts = [late_cut(places, len(sequence)) for places, sequence in zip(histories.cuts, histories.sequences, strict=True)]
@@ -192,10 +201,10 @@ def validation_recall(
         np.unique(sequence[cut:][positive[cut:]])
         for sequence, positive, cut in zip(histories.sequences, histories.positive, cuts, strict=True)
     ]
-    k = min(k, len(content))
+    k = min(k, len(bases.inner))
     recalls: list[float] = []
     with torch.inference_mode():
-        inner, outer = network.inner(content), network.outer(content)
+        inner, outer = network.inner(bases.inner), network.outer(bases.outer)
         for start in range(0, len(pasts), 500):
             indices = torch.from_numpy(pad_left(pasts[start : start + 500], config.history))
             scores = network.taste(indices, inner, indices >= 0) @ outer.T + network.popularity

@@ -54,18 +54,23 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version("tandem-recommender"))
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
     context: typer.Context,
     workspace: Annotated[
         Path | None, typer.Option(help="Folder with tandem.toml and all state. Default: $TANDEM_HOME, else ./workspace.")
     ] = None,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     context.obj = workspace
-    if show_version:
-        print(version("tandem-recommender"))
-        raise typer.Exit
 
 
 # ---------------------------------------------------------------------------------------------------------------- events

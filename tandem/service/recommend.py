@@ -31,6 +31,8 @@ from tandem.service.settings import RerankSettings
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 _NO_CATEGORY: Final = "category"
+WORDS_WEIGHT: Final = 1.5
+"""What closeness to a sentence weighs against the ranker's order, both standardised."""
 
 
 class UserRows(Protocol):
@@ -167,6 +169,7 @@ class Recommender:
         found, tower = self._candidates(queries, ask, clock)
         features, names = self._features(users, found, tower, clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
+        scores = self._with_words(scores, found, queries)
         order, propensity = self._rerank(found, scores, ask.k, clock)
         items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
         slate = self._slate(ask, items, cold, clock)
@@ -309,6 +312,17 @@ class Recommender:
                 scores = self._parts.ranker.score(features, names)
         return scores, predictions
 
+    def _with_words(self, scores: NDArray[np.float32], found: Candidates, queries: Queries) -> NDArray[np.float32]:
+        """With a sentence: the ranker's order and closeness to the words, both as z-scores over the candidates, added.
+
+        The ranker has never seen a sentence, so the words weigh more; without a history it has only popularity to say.
+        """
+        close = self._close_to_words(queries, found.ids[0])
+        if close is None or len(scores) < 2:
+            return scores
+        personal = 1.0 if (queries.histories >= 0).any() else 0.25
+        return personal * _standardised(scores) + WORDS_WEIGHT * _standardised(close)
+
     def _rerank(
         self, found: Candidates, scores: NDArray[np.float32], k: int, clock: _Clock
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -438,6 +452,11 @@ def _spoken(predictions: Mapping[str, float]) -> str:
 def _percentiles(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     """Share of the catalogue that is less popular than each item, 0..1."""
     return (np.searchsorted(np.sort(counts), counts, side="left") / max(len(counts), 1)).astype(np.float32)
+
+
+def _standardised(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean 0 and standard deviation 1 over the candidates."""
+    return np.asarray((values - values.mean()) / (values.std() + 1e-9), np.float32)
 
 
 def _us(moment: datetime) -> int:

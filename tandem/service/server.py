@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any, Final
 import uvicorn
 from fastapi import FastAPI
 
+from tandem.core.errors import UnavailableError
 from tandem.service.app import check_keys, create_app
 from tandem.service.settings import HOME, Settings, load_settings
 from tandem.service.wiring import open_recommender
@@ -31,8 +33,8 @@ Announce = Callable[[str, str], None]
 def run_server(settings: Settings, host: str | None, port: int | None, workers: int, announce: Announce) -> None:
     """Serve until SIGTERM or SIGINT. `announce` hears the address and the release once they are known.
 
-    Raises InputError for a bind beyond this machine without keys, NotFoundError when nothing is promoted, IntegrityError when the
-    champion is damaged.
+    Raises InputError for a bind beyond this machine without keys, UnavailableError for a taken port, NotFoundError when nothing
+    is promoted, IntegrityError when the champion is damaged.
     """
     own = settings.service
     settings = replace(settings, service=replace(own, host=host or own.host, port=own.port if port is None else port))
@@ -56,18 +58,28 @@ def log_to_stderr() -> None:
 
 
 def _run_one(settings: Settings, announce: Announce) -> None:
-    config = uvicorn.Config("", **_options(settings))
-    socket = config.bind_socket()
-    recommender = open_recommender(settings)
+    with _bound(settings.service.host, settings.service.port) as bound:
+        recommender = open_recommender(settings)
+        try:
+            config = uvicorn.Config(create_app(settings, recommender), **_options(settings))
+            announce(_url(settings, bound.getsockname()[1]), recommender.release)
+            uvicorn.Server(config).run(sockets=[bound])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            recommender.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that holds the address but does not listen yet, so that nobody waits on it."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        config.app = create_app(settings, recommender)
-        announce(_url(settings, socket.getsockname()[1]), recommender.release)
-        uvicorn.Server(config).run(sockets=[socket])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        recommender.close()
-        socket.close()
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise UnavailableError(f"cannot take port {port} of {host}: {error.strerror}; choose another with --port") from None
+    return bound
 
 
 def _run_many(settings: Settings, workers: int, announce: Announce) -> None:

@@ -52,8 +52,8 @@ class TowerSettings:
     """What may be turned about the towers; the rest of `retrieval.train.TowerConfig` keeps its measured defaults."""
 
     dimension: int = 192
-    epochs: int = 12
-    patience: int = 3
+    epochs: int = 10
+    patience: int = 2
     ridge: float = 300.0
     seed: int = 0
 

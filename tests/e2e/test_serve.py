@@ -1,4 +1,4 @@
-"""`tandem serve` as a process: fifty requests at once, then SIGTERM in the middle of traffic. Nothing fails and nothing is lost."""
+"""`tandem serve` as a process: fifty requests at once, then SIGTERM in traffic. Nothing fails and nothing is lost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Life:
 
 def spawn(workspace: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [*SERVE, "--workspace", str(workspace), "serve", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TANDEM_RERANK__DIVERSITY": "0.1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -165,5 +165,4 @@ def test_a_taken_port_fails_before_anything_is_loaded(tiny_workspace: Path) -> N
         process = spawn(tiny_workspace, "--port", str(taken.getsockname()[1]))
         out, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (1, "")
-    assert "address already in use" in errors
-    assert "Traceback" not in errors
+    assert errors.startswith("error: cannot take port")

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.special import ndtri
 from scipy.stats import rankdata
 
 from ranking.batches import (
     Examples,
     Groups,
     InputTransform,
+    QuantileMaps,
     Quantiles,
     aligned,
     negatives_for,
@@ -63,8 +65,6 @@ def test_z_within_is_per_request_and_leaves_uncounted_rows_out_of_the_statistics
 @settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float64, st.integers(1, 30), elements=st.integers(-5, 5).map(float)), st.integers(1, 6))
 def test_normal_scores_are_those_of_average_ranks(values: np.ndarray, per_request: int) -> None:
-    from scipy.special import ndtri
-
     request = np.arange(len(values)) // per_request
     found = normal_within(values, Groups.of(request), np.ones(len(values), bool))
     for one in np.unique(request):
@@ -91,6 +91,20 @@ def test_quantiles_ignore_scale_outliers_and_put_ties_at_their_mid_rank() -> Non
     assert flag.values == (0.0, 1.0)
     assert flag.levels == pytest.approx((-0.3186, 1.1503), abs=1e-3)
     assert Quantiles.fit(np.full(9, np.nan, np.float32), 33).constant
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 40))
+def test_the_tables_of_all_columns_agree_with_interpolation_of_each(seed: int, knots: int) -> None:
+    rng = np.random.default_rng(seed)
+    columns = [rng.normal(size=300) * 1e6, rng.integers(0, 3, 300), np.full(300, 4.0), np.exp(5 * rng.normal(size=300))]
+    features = np.stack(columns, axis=1).astype(np.float32)
+    quantiles = [Quantiles.fit(column, knots) for column in features.T]
+    asked = np.concatenate([features * 1.1, features[::-1] - 1, np.full((1, 4), np.nan, np.float32)])
+    maps = QuantileMaps.of(quantiles)
+    assert maps.columns.tolist() == [0, 1, 3]
+    expected = np.stack([np.interp(asked[:, c], quantiles[c].values, quantiles[c].levels) for c in maps.columns], axis=1)
+    np.testing.assert_allclose(maps(asked), expected, atol=1e-4)
 
 
 def test_transform_flags_missing_drops_constants_and_round_trips_through_json() -> None:
