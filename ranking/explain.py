@@ -132,8 +132,9 @@ def _category(evidence: Evidence, rules: ReasonRules) -> Reason | None:
 
 
 def _popular(evidence: Evidence, rules: ReasonRules) -> Reason | None:
+    """Half as strong as it seems: it would be said of the same items to everybody."""
     strength = _strength(evidence.popularity, rules.popularity)
-    return None if strength is None else Reason("popular_now", "Popular now", strength)
+    return None if strength is None else Reason("popular_now", "Popular now", 0.5 * strength)
 
 
 def _new(evidence: Evidence, rules: ReasonRules) -> Reason | None:

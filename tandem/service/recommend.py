@@ -21,7 +21,7 @@ from feature_repo.served import ServedLog
 from feature_repo.snapshot import Snapshot
 from ranking.explain import Evidence, reason
 from ranking.rerank import by_score, explore, mmr
-from ranking.train import Ranker
+from ranking.train import Ranker, probabilities
 from retrieval.candidates import Candidates
 from retrieval.retriever import Queries, Retriever
 from tandem.core.errors import InputError, NotFoundError
@@ -308,8 +308,8 @@ class Recommender:
         scores, predictions = tower[0], dict[str, NDArray[np.float32]]()
         with clock.stage("predict", "ranker_unavailable"):
             if names and len(features):
-                predictions = self._parts.ranker.predict(features, names)
-                scores = self._parts.ranker.score(features, names)
+                logits = self._parts.ranker.logits(features, names)
+                predictions, scores = probabilities(logits), self._parts.ranker.utility.of_logits(logits)
         return scores, predictions
 
     def _with_words(self, scores: NDArray[np.float32], found: Candidates, queries: Queries) -> NDArray[np.float32]:

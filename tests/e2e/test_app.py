@@ -13,7 +13,6 @@ from typing import Any
 import polars as pl
 import pytest
 from fastapi.testclient import TestClient
-from httpx import Response
 
 from tandem.core import errors
 from tandem.service.app import create_app, is_loopback
@@ -22,6 +21,7 @@ from tandem.service.recommend import Ask, Recommender, Slate
 from tandem.service.settings import Settings, load_settings
 from tandem.service.wiring import open_recommender, users_with_history
 
+Answer = Any  # the response class of whichever HTTP client Starlette's test client is built on
 SECRET = "s3cret-of-the-caller"
 LOCAL = "http://127.0.0.1"
 JSON = {"content-type": "application/json"}
@@ -56,15 +56,15 @@ def catalogue(settings: Settings) -> pl.DataFrame:
     return pl.read_parquet(settings.data / "items.parquet")
 
 
-def ask(client: TestClient, **body: Any) -> Response:
+def ask(client: TestClient, **body: Any) -> Answer:
     return client.post("/v1/recommend", json=body)
 
 
-def ids(answer: Response) -> list[str]:
+def ids(answer: Answer) -> list[str]:
     return [item["item_id"] for item in answer.json()["items"]]
 
 
-def refused(answer: Response, status: int, code: str) -> None:
+def refused(answer: Answer, status: int, code: str) -> None:
     """The answer is a problem of that status and code, and repeats nothing of what was sent."""
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
     assert answer.json()["code"] == code
