@@ -63,8 +63,8 @@ class RankerSettings:
     """How the ranker is trained: trunk, rounds, how many requests it learns from, and what a slate is worth by task."""
 
     trunk: Literal["shared", "mmoe"] = "shared"
-    rounds: int = 30
-    requests: int = 8000
+    rounds: int = 15
+    requests: int = 6000
     candidates: int = 200
     seed: int = 0
     utility: Mapping[str, float] = field(default_factory=dict)
