@@ -281,6 +281,7 @@ def ranker_config(settings: Settings, source: Source, names: tuple[str, ...]) ->
         within_request=tuple(name for name in WITHIN_REQUEST if name in names),
         trunk=own.trunk,
         rounds=own.rounds,
+        rows_per_round=own.rows_per_round,
         seed=own.seed,
         utility=dict(own.utility),
     )

@@ -60,11 +60,12 @@ class TowerSettings:
 
 @dataclass(frozen=True)
 class RankerSettings:
-    """How the ranker is trained: trunk, rounds, how many requests it learns from, and what a slate is worth by task."""
+    """How the ranker is trained: trunk, rounds and their size, requests learned from, and what a slate is worth by task."""
 
     trunk: Literal["shared", "mmoe"] = "shared"
-    rounds: int = 15
+    rounds: int = 20
     requests: int = 6000
+    rows_per_round: int = 150_000
     candidates: int = 200
     seed: int = 0
     utility: Mapping[str, float] = field(default_factory=dict)
