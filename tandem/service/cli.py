@@ -435,3 +435,7 @@ def _code(error: Exception) -> int:
     if isinstance(error, GateRefusedError):
         return REFUSED
     return USAGE if isinstance(error, InputError) else FAILED
+
+
+if __name__ == "__main__":
+    main()

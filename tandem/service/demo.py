@@ -27,7 +27,7 @@ from tandem.service.settings import Settings
 from tandem.service.wiring import open_recommender, users_with_history
 
 WORLD: Final = "world"
-SIZES: Final[dict[str, tuple[int, int, int]]] = {"small": (1200, 1000, 60), "medium": (10_000, 5000, 90)}
+SIZES: Final[dict[str, tuple[int, int, int]]] = {"small": (1200, 1500, 60), "medium": (10_000, 5000, 90)}
 """Users, items and days of the built-in world."""
 
 SENTENCES: Final[dict[str, str]] = {
