@@ -615,7 +615,7 @@ def status(settings: Settings) -> Outcome:
             champion = store.champion().name
     rows.append(("champion", champion or "none"))
     table = Table(f"Workspace {settings.workspace}", ("what", "state"), tuple(rows))
-    data = {"workspace": str(settings.workspace), "settings": FILE, "champion": champion} | dict(rows)
+    data = dict(rows) | {"workspace": str(settings.workspace), "settings": FILE, "champion": champion}
     return Outcome(f"workspace {settings.workspace}", data, table, "tandem serve" if champion else following)
 
 

@@ -15,7 +15,7 @@ from scipy.special import expit
 
 from ranking.batches import Examples
 from ranking.tasks import RankingTask
-from ranking.train import Calibrator, Ranker, RankerConfig, ndcg_within, train_ranker
+from ranking.train import Calibrator, Ranker, RankerConfig, clearly_better, ndcg_within, train_ranker
 from tandem.core.errors import IncompatibleError, InputError, IntegrityError
 from tandem.core.folders import hash_files
 from tandem.core.metrics import auc
@@ -73,7 +73,8 @@ def test_when_training_misleads_the_order_of_the_first_stage_is_returned(make_wo
     ranker = train_ranker(wrong, validation, replace(config, requests_per_batch=4), log.append)
     assert np.array_equal(np.argsort(score(ranker, validation)[:40]), np.argsort(validation.features[:40, 0]))
     assert len(log) > 2
-    assert log[-1]["best"] == log[0]["ndcg"]
+    assert log[-2]["best"] == log[0]["ndcg"]
+    assert log[-1] == {"kept_base_order": 1.0}
 
 
 def checkerboard(requests: int, seed: int) -> Examples:
@@ -304,3 +305,12 @@ def test_examples_that_cannot_work_are_refused(make_world: World, config: Ranker
         train_ranker(world, replace(world, names=("tower_score", "hidden", "noise", "hole")), config, quiet)
     with pytest.raises(IncompatibleError, match=r"\['ease_score'\]"):
         train_ranker(world, world, replace(config, within_request=("ease_score",)), quiet)
+
+
+def test_a_gain_within_its_own_noise_is_not_taken() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.random(60)
+    assert not clearly_better(base + rng.normal(0.0, 0.3, 60) - 0.01, base)
+    assert not clearly_better(base, base)
+    assert clearly_better(base + rng.normal(0.1, 0.3, 60), base)
+    assert not clearly_better(np.array([1.0]), np.array([0.0]))
