@@ -26,6 +26,7 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 
@@ -115,6 +116,8 @@ class Service:
         self.turn("ready")
 
     def turn(self, phase: Phase) -> None:
+        if phase == self.phase:
+            return
         self.phase = phase
         self.metrics.ready.set(phase == "ready")
         log_line(phase, release=self.release)
@@ -153,16 +156,19 @@ def known_host(request: Request, service: Here) -> None:
         raise Refused(BAD_HOST)
 
 
-def key_given(request: Request, service: Here) -> None:
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+Header = Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
+
+
+def key_given(service: Here, bearer: Bearer, header: Header) -> None:
     """Refuse a request without one of the service's keys, where it has keys. Compared as hashes, in constant time."""
     hashes = service.settings.service.keys
     if not hashes:
         return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    key = bearer.credentials if bearer else header
     if not key:
         raise Refused(NO_KEY, headers={"www-authenticate": "Bearer"})
-    given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    given = hashlib.sha256(key.encode("latin-1")).hexdigest()  # the header's own bytes
     if not sum(hmac.compare_digest(given, each.lower()) for each in hashes):
         raise Refused(BAD_KEY)
 

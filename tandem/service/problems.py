@@ -30,6 +30,9 @@ MEDIA: Final = "application/problem+json"
 _PATIENCE: Final = 16
 """A body is read, and thrown away, up to this many times the limit: a client that is still writing would not see the answer."""
 
+_PROBES: Final = ("/healthz", "/readyz", "/metrics")
+"""Routes that machines ask all the time: they are counted, and logged only when they fail."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -178,7 +181,8 @@ class Guard:
         took = time.perf_counter() - started
         route = getattr(scope.get("route"), "path", "unmatched")
         self.seen(route, watched.status, took)
-        log_line("request", route=route, status=watched.status, ms=round(took * 1000, 1), request_id=request_id)
+        if watched.status >= 400 or not route.endswith(_PROBES):
+            log_line("request", route=route, status=watched.status, ms=round(took * 1000, 1), request_id=request_id)
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Watched) -> None:
         body = await self._body(scope, receive)
