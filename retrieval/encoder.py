@@ -110,6 +110,12 @@ class TextEncoder:
                 self._cache.forget()
         return _unit(vectors.astype(np.float32))
 
+    def truncates(self, text: str) -> bool:
+        """Is the text longer than the model reads? What lies beyond `max_tokens` has no part in its vector."""
+        with self._lock:
+            tokenizer, _ = self._load()
+            return len(tokenizer(_clean(text, self.max_tokens))["input_ids"]) > self.max_tokens
+
     def _encode_missing(self, texts: list[str], keys: list[bytes], progress: Progress | None) -> None:
         missing = sorted(self._cache.missing(keys), key=lambda row: (len(texts[row]), keys[row]))
         self.encoded = 0

@@ -29,7 +29,6 @@ from tandem.core.schema import check_id
 from tandem.service.assemble import Assembler, Users, pairs
 from tandem.service.settings import RerankSettings
 
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 _NO_CATEGORY: Final = "category"
 WORDS_WEIGHT: Final = 1.5
 """What closeness to a sentence weighs against the ranker's order, both standardised."""
@@ -39,6 +38,14 @@ class UserRows(Protocol):
     """Reads one user's features by name; every value None for an unknown user."""
 
     def row(self, user_id: str) -> Mapping[str, Any]: ...
+
+
+class Encode(Protocol):
+    """The release's text encoder."""
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
+
+    def truncates(self, text: str) -> bool: ...
 
 
 class SeenItems(Protocol):
@@ -164,7 +171,7 @@ class Recommender:
         ask, now = _checked(ask), now or self._parts.clock()
         clock = _Clock()
         users, cold = self._user(ask, now, clock)
-        sentence = self._sentence(ask, clock)
+        sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
         found, tower = self._candidates(queries, ask, clock)
         features, names = self._features(users, found, tower, clock)
@@ -172,7 +179,7 @@ class Recommender:
         scores = self._with_words(scores, found, queries)
         order, propensity = self._rerank(found, scores, ask.k, clock)
         items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
-        slate = self._slate(ask, items, cold, clock)
+        slate = self._slate(ask, items, cold, truncated, clock)
         self._log(ask, slate)
         return slate
 
@@ -248,14 +255,16 @@ class Recommender:
             row["history_times"] = [*(row.get("history_times") or ()), *[_us(now)] * len(ask.session)]
         return self._parts.assembler.users([row], np.array([_us(now)], np.int64)), cold
 
-    def _sentence(self, ask: Ask, clock: _Clock) -> NDArray[np.float32] | None:
+    def _sentence(self, ask: Ask, clock: _Clock) -> tuple[NDArray[np.float32] | None, bool]:
+        """The sentence's vector (1, T), and whether the model could not read all of it."""
         vector: NDArray[np.float32] | None = None
+        truncated = False
         with clock.stage("query", "text_encoder_unavailable"):
             if ask.query and ask.query.strip():
                 if self._parts.encode is None:
                     raise RuntimeError("no encoder")
-                vector = self._parts.encode([ask.query])
-        return vector
+                vector, truncated = self._parts.encode([ask.query]), self._parts.encode.truncates(ask.query)
+        return vector, truncated
 
     def _queries(self, ask: Ask, users: Users, sentence: NDArray[np.float32] | None, now: datetime) -> Queries:
         retriever = self._parts.retriever
@@ -401,8 +410,10 @@ class Recommender:
             category_share=share[favourite] if favourite else None,
         )
 
-    def _slate(self, ask: Ask, items: tuple[SlateItem, ...], cold: bool, clock: _Clock) -> Slate:
-        return Slate(items, self.release, ask.request_id or uuid.uuid4().hex, tuple(clock.degraded), clock.total(), cold)
+    def _slate(self, ask: Ask, items: tuple[SlateItem, ...], cold: bool, truncated: bool, clock: _Clock) -> Slate:
+        return Slate(
+            items, self.release, ask.request_id or uuid.uuid4().hex, tuple(clock.degraded), clock.total(), cold, truncated
+        )
 
     def _log(self, ask: Ask, slate: Slate) -> None:
         if self._parts.log is None:

@@ -143,10 +143,16 @@ class LazyEncoder:
         self._encoder: TextEncoder | None = None
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self._opened.encode(texts)
+
+    def truncates(self, text: str) -> bool:
+        return self._opened.truncates(text)
+
+    @property
+    def _opened(self) -> TextEncoder:
         if self._encoder is None:
             self._encoder = self._open()
-        vectors: NDArray[np.float32] = self._encoder.encode(texts)
-        return vectors
+        return self._encoder
 
     def _open(self) -> TextEncoder:
         own = EncoderSettings(

@@ -131,6 +131,11 @@ def test_a_sentence_in_any_script_is_answered(client: TestClient) -> None:
         assert (answer.status_code, len(ids(answer))) == (200, 3)
 
 
+def test_a_sentence_longer_than_the_model_reads_is_cut_and_said_so(client: TestClient) -> None:
+    assert ask(client, query="word " * 500).json()["truncated"] is True
+    assert ask(client, query="a wooden toy").json()["truncated"] is False
+
+
 def test_a_blank_sentence_is_none(client: TestClient) -> None:
     assert ids(ask(client, query="  \n ")) == ids(ask(client))
 
