@@ -64,12 +64,12 @@ def ids(answer: Answer) -> list[str]:
     return [item["item_id"] for item in answer.json()["items"]]
 
 
-def refused(answer: Answer, status: int, code: str) -> None:
-    """The answer is a problem of that status and code, and repeats nothing of what was sent."""
-    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
-    assert answer.json()["code"] == code
-    assert answer.json()["status"] == status
+def refusal(answer: Answer) -> tuple[int, str]:
+    """Status and code of a problem, which repeats nothing of what was sent."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["status"] == answer.status_code
     assert SECRET not in answer.text
+    return answer.status_code, answer.json()["code"]
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -227,11 +227,9 @@ def test_the_interface_is_published_with_its_problems(client: TestClient) -> Non
 def test_k_must_be_a_whole_number_within_reach(client: TestClient, k: str) -> None:
     body = f'{{"user_id": "{SECRET}", "k": {k}}}'
     for path in ("/v1/recommend", "/v1/similar"):
-        refused(
-            client.post(path, content=body.replace("user_id", "item_id") if "similar" in path else body, headers=JSON),
-            422,
-            "invalid_request",
-        )
+        assert refusal(
+            client.post(path, content=body.replace("user_id", "item_id") if "similar" in path else body, headers=JSON)
+        ) == (422, "invalid_request")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +263,7 @@ def test_k_must_be_a_whole_number_within_reach(client: TestClient, k: str) -> No
 )
 def test_a_bad_body_is_refused_without_echo(client: TestClient, body: str | bytes, status: int) -> None:
     answer = client.post("/v1/recommend", content=body, headers=JSON)
-    refused(answer, status, {400: "malformed_body", 422: "invalid_request"}[status])
+    assert refusal(answer) == (status, {400: "malformed_body", 422: "invalid_request"}[status])
 
 
 def test_a_refusal_names_our_field_and_not_the_callers(client: TestClient) -> None:
@@ -274,23 +272,23 @@ def test_a_refusal_names_our_field_and_not_the_callers(client: TestClient) -> No
 
 
 def test_a_form_is_not_json(client: TestClient) -> None:
-    refused(client.post("/v1/recommend", data={"user_id": SECRET}), 422, "invalid_request")
+    assert refusal(client.post("/v1/recommend", data={"user_id": SECRET})) == (422, "invalid_request")
 
 
 @pytest.mark.parametrize("item", ["no such item", "-1", str(2**63), "a/b c"])
 def test_an_unknown_item_is_not_found(client: TestClient, user: str, item: str) -> None:
-    refused(client.post("/v1/similar", json={"item_id": item}), 404, "not_found")
-    refused(client.get("/v1/why", params={"user_id": user, "item_id": item}), 404, "not_found")
+    assert refusal(client.post("/v1/similar", json={"item_id": item})) == (404, "not_found")
+    assert refusal(client.get("/v1/why", params={"user_id": user, "item_id": item})) == (404, "not_found")
 
 
 def test_why_checks_its_ids(client: TestClient) -> None:
-    refused(client.get("/v1/why", params={"user_id": SECRET + "\x00", "item_id": "i001"}), 422, "invalid_request")
-    refused(client.get("/v1/why", params={"user_id": SECRET}), 422, "invalid_request")
+    assert refusal(client.get("/v1/why", params={"user_id": SECRET + "\x00", "item_id": "i001"})) == (422, "invalid_request")
+    assert refusal(client.get("/v1/why", params={"user_id": SECRET})) == (422, "invalid_request")
 
 
 def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
-    refused(client.get(f"/v1/{SECRET}"), 404, "no_such_route")
-    refused(client.get("/v1/recommend"), 405, "method_not_allowed")
+    assert refusal(client.get(f"/v1/{SECRET}")) == (404, "no_such_route")
+    assert refusal(client.get("/v1/recommend")) == (405, "method_not_allowed")
 
 
 def test_a_body_above_64_kb_is_too_large(client: TestClient) -> None:
@@ -299,10 +297,11 @@ def test_a_body_above_64_kb_is_too_large(client: TestClient) -> None:
             yield b"x" * 1000
 
     whole = json.dumps({"query": SECRET * 5000})
-    refused(client.post("/v1/recommend", content=whole, headers=JSON), 413, "body_too_large")
-    refused(client.post("/v1/recommend", content=chunks(), headers=JSON), 413, "body_too_large")
-    refused(
-        client.post("/v1/recommend", content=b"{}", headers=JSON | {"content-length": str(50 * 2**20)}), 413, "body_too_large"
+    assert refusal(client.post("/v1/recommend", content=whole, headers=JSON)) == (413, "body_too_large")
+    assert refusal(client.post("/v1/recommend", content=chunks(), headers=JSON)) == (413, "body_too_large")
+    assert refusal(client.post("/v1/recommend", content=b"{}", headers=JSON | {"content-length": str(50 * 2**20)})) == (
+        413,
+        "body_too_large",
     )
     assert client.post("/v1/recommend", content=json.dumps({"query": "word " * 12_000}), headers=JSON).status_code == 200
 
@@ -345,7 +344,7 @@ def test_a_crash_is_a_plain_500_and_its_message_stays_inside(settings: Settings,
     caplog.set_level(logging.INFO, "tandem.service")
     with failing(settings, RuntimeError(f"could not parse {SECRET}")) as client:
         answer = ask(client, user_id=SECRET, query=SECRET)
-    refused(answer, 500, "internal_error")
+    assert refusal(answer) == (500, "internal_error")
     failure = next(json.loads(line) for line in caplog.messages if "failure" in line)
     assert failure["error"] == "RuntimeError"
     assert failure["request_id"] == answer.json()["request_id"]
@@ -356,7 +355,7 @@ def test_a_crash_is_a_plain_500_and_its_message_stays_inside(settings: Settings,
 def test_our_own_errors_keep_their_message_inside(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tandem.service")
     with failing(settings, errors.UnavailableError(f"no answer for {SECRET}")) as client:
-        refused(ask(client, user_id=SECRET), 503, "unavailable")
+        assert refusal(ask(client, user_id=SECRET)) == (503, "unavailable")
     assert SECRET not in caplog.text
 
 
@@ -402,7 +401,7 @@ def test_without_a_key_only_health_answers(guarded: TestClient) -> None:
     for path in ("/healthz", "/readyz", "/v1/healthz", "/v1/readyz", "/"):
         assert guarded.get(path).status_code == 200
     for answer in (ask(guarded), guarded.get("/v1/releases"), guarded.get("/metrics"), guarded.get("/v1/metrics")):
-        refused(answer, 401, "key_required")
+        assert refusal(answer) == (401, "key_required")
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
@@ -417,7 +416,7 @@ def test_without_a_key_only_health_answers(guarded: TestClient) -> None:
     ],
 )
 def test_a_forged_key_is_refused(guarded: TestClient, headers: dict[str, str]) -> None:
-    refused(guarded.post("/v1/recommend", json={}, headers=headers), 403, "key_refused")
+    assert refusal(guarded.post("/v1/recommend", json={}, headers=headers)) == (403, "key_refused")
 
 
 @pytest.mark.parametrize("headers", [{"authorization": f"Bearer {KEY}"}, {"authorization": f"bearer {KEY}"}, {"x-api-key": KEY}])
@@ -444,7 +443,7 @@ def test_loopback(host: str, local: bool) -> None:
     "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "evil.example:8100", "", "[::1"]
 )
 def test_without_keys_only_this_machines_names_are_answered(client: TestClient, host: str) -> None:
-    refused(client.post("/v1/recommend", json={}, headers={"host": host}), 400, "host_refused")
+    assert refusal(client.post("/v1/recommend", json={}, headers={"host": host})) == (400, "host_refused")
 
 
 @pytest.mark.parametrize("host", ["localhost:8100", "127.0.0.1:8100", "[::1]:8100"])
@@ -473,7 +472,7 @@ def test_readiness_follows_the_life_of_the_service(settings: Settings, recommend
 
 
 def test_before_a_release_is_loaded_questions_are_told_to_wait(settings: Settings) -> None:
-    refused(ask(TestClient(create_app(settings), LOCAL)), 503, "not_ready")
+    assert refusal(ask(TestClient(create_app(settings), LOCAL))) == (503, "not_ready")
 
 
 def test_without_a_champion_the_service_does_not_start(settings: Settings, tmp_path: Path) -> None:
