@@ -1,0 +1,105 @@
+"""The offline spine, one function per command:
+
+import -> split -> aggregate -> apply / materialise -> train towers -> build index -> train ranker -> calibrate -> evaluate
+-> release -> gate -> promote
+
+`data` brings events and features, `models` learns and judges, `releases` decides what is live; `run_all` is all of it in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tandem.core.errors import GateRefusedError
+from tandem.core.folders import content_hash, file_hash, read_json, write_json
+from tandem.service.outcome import Outcome
+from tandem.service.recipes.data import (
+    features_apply,
+    features_build,
+    features_check,
+    features_materialize,
+    import_source,
+    simulate,
+)
+from tandem.service.recipes.models import evaluate, evaluated, funnel_table, train
+from tandem.service.recipes.overview import status
+from tandem.service.recipes.releases import (
+    release_create,
+    release_diff,
+    release_gate,
+    release_history,
+    release_list,
+    release_promote,
+    release_rollback,
+    release_show,
+)
+from tandem.service.recipes.workspace import EVALUATION, Progress, open_releases, quiet
+from tandem.service.settings import Settings
+
+__all__ = [
+    "Progress",
+    "evaluate",
+    "features_apply",
+    "features_build",
+    "features_check",
+    "features_materialize",
+    "import_source",
+    "quiet",
+    "release_create",
+    "release_diff",
+    "release_gate",
+    "release_history",
+    "release_list",
+    "release_promote",
+    "release_rollback",
+    "release_show",
+    "run_all",
+    "simulate",
+    "status",
+    "train",
+]
+
+
+def run_all(settings: Settings, progress: Progress = quiet) -> Outcome:
+    """Everything from imported events to a promoted release. A step whose inputs and settings are unchanged is skipped.
+
+    A step is marked as done only after it is whole, so a run that was killed goes on where it stopped.
+    """
+    steps: tuple[tuple[str, Callable[[], Outcome]], ...] = (
+        ("build", lambda: features_build(settings)),
+        ("apply", lambda: features_apply(settings)),
+        ("materialize", lambda: features_materialize(settings)),
+        ("train towers", lambda: train(settings, "towers", progress)),
+        ("train ranker", lambda: train(settings, "ranker", progress)),
+        ("evaluate", lambda: evaluate(settings, progress)),
+        ("release", lambda: _release_and_promote(settings)),
+    )
+    inputs = _inputs_hash(settings)
+    marks = settings.state / "run_all.json"
+    done = read_json(marks) if marks.is_file() else {}
+    for number, (name, step) in enumerate(steps):
+        progress("run", number, len(steps))
+        if done.get(name) == inputs:
+            continue
+        step()
+        done = {key: value for key, value in done.items() if key in [each for each, _ in steps[:number]]} | {name: inputs}
+        write_json(marks, done)
+    progress("run", len(steps), len(steps))
+    figures = read_json(settings.models / EVALUATION / "report.json")
+    with open_releases(settings) as store:
+        champion = store.champion().name
+    return Outcome(evaluated(figures), figures | {"champion": champion}, funnel_table(figures), "tandem recommend USER")
+
+
+def _release_and_promote(settings: Settings) -> Outcome:
+    made = release_create(settings)
+    try:
+        return release_promote(settings, made.data["release"], because="run_all")
+    except GateRefusedError:
+        return made
+
+
+def _inputs_hash(settings: Settings) -> str:
+    files = [settings.data / name for name in ("events.parquet", "items.parquet", "users.parquet", "source.json")]
+    sections = ("features", "split", "encoder", "towers", "index", "candidates", "ranker", "evaluation", "rerank")
+    return content_hash([[file_hash(path) for path in files], [repr(getattr(settings, name)) for name in sections]])

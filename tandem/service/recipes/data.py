@@ -1,0 +1,133 @@
+"""Recipes for what comes in: events into the workspace, features out of events."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tandem.core.errors import GateRefusedError
+from tandem.core.folders import whole_folder
+from tandem.service.outcome import Outcome, Table
+from tandem.service.recipes.workspace import writing
+from tandem.service.settings import Settings, write_default
+
+if TYPE_CHECKING:
+    from feature_repo.store import ImportCounts
+
+
+def import_source(settings: Settings, kind: str, path: Path, replace: bool = False) -> Outcome:
+    """Read a source into the workspace; append by event_id, or start over with `replace`."""
+    from feature_repo.sources import read_source
+    from feature_repo.sources.table import TableMapping
+    from feature_repo.store import save_raw
+
+    mapping = TableMapping.parse(settings.table) if kind == "table" else None
+    raw = read_source(kind, path, mapping, settings.split.seed)
+    with writing(settings, "import"):
+        counts = save_raw(raw, settings.data, replace)
+        _forget_online(settings, replace)
+        write_default(settings.workspace)
+    return _imported(settings, counts, f"{kind} data from {path.name}")
+
+
+def simulate(settings: Settings, users: int, items: int, days: int, seed: int) -> Outcome:
+    """Fill the workspace with the built-in world; what is true of it goes to `data/truth/`."""
+    from feature_repo.sources.world import simulate as make_world
+    from feature_repo.store import save_raw
+
+    world = make_world(users, items, days, seed)
+    with writing(settings, "simulate"):
+        counts = save_raw(world.raw, settings.data, replace=True)
+        _forget_online(settings, True)
+        with whole_folder(settings.data / "truth") as folder:
+            world.truth.save(folder)
+        write_default(settings.workspace)
+    return _imported(settings, counts, f"a world of {users:,} users, {items:,} items and {days} days")
+
+
+def _forget_online(settings: Settings, replaced: bool) -> None:
+    """After starting over, empty the online store: otherwise newer rows of the old data would win for ever."""
+    if replaced and (settings.state / "online.db").exists():
+        from feature_repo.materialize import forget
+
+        forget(settings.workspace)
+
+
+def _imported(settings: Settings, counts: ImportCounts, what: str) -> Outcome:
+    data = {"read": counts.read, "appended": counts.appended, "duplicates": counts.duplicates, "rejected": counts.rejected}
+    rows = tuple((name, _count(value)) for name, value in data.items())
+    made = f"{what}: {_count(counts.appended):,} new events; rejected rows are in data/rejected.parquet with their reasons"
+    return Outcome(made, data, Table("Import", ("what", "rows"), rows), "tandem features build")
+
+
+def _count(value: Any) -> int:
+    return sum(value.values()) if isinstance(value, dict) else int(value)
+
+
+def features_build(settings: Settings) -> Outcome:
+    """Aggregate events into timestamped feature tables."""
+    from feature_repo.aggregates import build_tables, write_tables
+    from feature_repo.store import load_events, load_items, load_source, load_users
+    from tandem.service.clock import make_clock
+
+    with writing(settings, "features build"):
+        tables = build_tables(
+            load_events(settings.data),
+            load_items(settings.data),
+            load_users(settings.data),
+            load_source(settings.data),
+            dataclasses.replace(settings.features, until=make_clock(settings)()),
+        )
+        views = write_tables(tables, settings.feature_tables)
+    rows = tuple((view.name, view.entity, len(tables[view.name]), len(view.fields)) for view in views)
+    data = {view.name: {"rows": len(tables[view.name]), "features": len(view.fields)} for view in views}
+    return Outcome(
+        f"{len(views)} feature tables",
+        data,
+        Table("Features", ("view", "entity", "rows", "features"), rows),
+        "tandem features apply",
+    )
+
+
+def features_apply(settings: Settings) -> Outcome:
+    """Tell Feast what the views are."""
+    from feature_repo.offline import apply
+
+    if not (settings.feature_tables / "schema.json").is_file():
+        features_build(settings)
+    views = apply(settings.workspace)
+    table = Table("Feast views", ("view",), tuple((name,) for name in views))
+    return Outcome(f"{len(views)} feature views applied", {"views": list(views)}, table, "tandem features materialize")
+
+
+def features_materialize(settings: Settings, since: datetime | None = None) -> Outcome:
+    """Copy the newest rows to the online store and write the item snapshot."""
+    from feature_repo.materialize import materialize
+    from tandem.service.clock import make_clock
+
+    counts = materialize(settings.workspace, until=make_clock(settings)(), since=since)
+    rows = tuple((name, each.written, each.late, each.quarantined) for name, each in counts.views.items())
+    data = {
+        "views": {name: vars(each) for name, each in counts.views.items()},
+        "snapshot": counts.snapshot,
+        "until": counts.until.isoformat(),
+    }
+    made = f"{counts.written:,} rows online, {counts.quarantined:,} quarantined, snapshot {counts.snapshot}"
+    return Outcome(made, data, Table("Materialised", ("view", "written", "late", "quarantined"), rows), "tandem train")
+
+
+def features_check(settings: Settings) -> Outcome:
+    """Leakage on a sample of training rows, parity of the online store, freshness. Raises GateRefusedError when one fails."""
+    from tandem.service.health import feature_checks
+
+    results = feature_checks(settings)
+    rows = tuple((each.name, "passed" if each.passed else "FAILED", each.rows, each.detail) for each in results)
+    data = {each.name: {"passed": each.passed, "rows": each.rows, "detail": each.detail} for each in results}
+    failed = [each for each in results if not each.passed]
+    if failed:
+        raise GateRefusedError("; ".join(f"{each.name}: {each.detail}" for each in failed))
+    return Outcome(
+        "features are sound", data, Table("Feature checks", ("check", "verdict", "rows", "detail"), rows), "tandem train"
+    )

@@ -1,0 +1,282 @@
+"""Recipes for what is live: create, gate, promote, roll back, and the answers to who, when and why."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tandem.core.errors import ConflictError, GateRefusedError, InputError, NotFoundError, UnavailableError
+from tandem.core.folders import file_hash, read_json, whole_folder, write_json
+from tandem.service.outcome import Cell, Outcome, Table
+from tandem.service.recipes.models import check_ranker_link, headline
+from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, open_releases, open_tracker, who_am_i, writing
+from tandem.service.settings import Settings
+
+if TYPE_CHECKING:
+    from registry.store import ReleaseStore
+
+_TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
+
+
+def release_create(settings: Settings, name: str | None = None) -> Outcome:
+    """Bundle what was trained and evaluated into one immutable folder, and register it in MLflow."""
+    from registry.release import create_release, default_name, release_folder, release_hash
+
+    with writing(settings, "release create"):
+        with whole_folder(settings.models / "release") as folder:
+            _write_feature_versions(settings, folder / "features.json")
+        parts = _release_parts(settings)
+        facts = _release_facts(settings)
+        chosen = name or default_name(release_hash(parts, facts), facts.created_at)
+        manifest = create_release(parts, release_folder(settings.releases, chosen), facts)
+        with open_releases(settings) as store:
+            store.add(manifest, settings.releases / manifest.name)
+            registered, note = _register(settings, store, manifest.name)
+    size = sum(path.stat().st_size for path in (settings.releases / manifest.name).rglob("*") if path.is_file())
+    data: dict[str, Cell] = {
+        "release": manifest.name,
+        "content_hash": manifest.content_hash,
+        "files": len(manifest.files),
+        "bytes": size,
+        "mlflow_version": registered,
+    }
+    rows = tuple(data.items())
+    return Outcome(
+        f"release {manifest.name}{note}",
+        data,
+        Table("Release", ("what", "value"), rows),
+        f"tandem release promote {manifest.name}",
+    )
+
+
+def _release_parts(settings: Settings) -> dict[str, Path]:
+    retrieval, report = settings.models / RETRIEVAL, settings.models / EVALUATION / "report.json"
+    if not report.is_file():
+        raise NotFoundError("nothing is evaluated yet; run `tandem train`, then `tandem evaluate`")
+    evaluated, facts = read_json(report), read_json(retrieval / "retriever.json")
+    ranker = settings.models / RANKER
+    if evaluated["towers"] != facts["towers"] or evaluated["ranker"] != file_hash(ranker / "ranker.safetensors"):
+        raise ConflictError("towers or ranker were trained after the evaluation; run `tandem evaluate` again")
+    check_ranker_link(settings, facts["towers"])
+    files = ("items.parquet", "covisit.safetensors", "retriever.json", "encoder.json", "popular.json", "window.json")
+    return (
+        {name: retrieval / name for name in files}
+        | {
+            "towers": retrieval / "towers",
+            "index": retrieval / "index",
+            "ranker": ranker,
+            "evaluation": settings.models / EVALUATION,
+        }
+        | {"features.json": settings.models / "release" / "features.json"}
+    )
+
+
+def _release_facts(settings: Settings) -> Any:
+    from feature_repo.store import load_source
+    from registry.release import ReleaseFacts
+
+    retrieval = settings.models / RETRIEVAL
+    facts = read_json(retrieval / "retriever.json")
+    window = read_json(retrieval / "window.json")
+    source = load_source(settings.data)
+    with open_releases(settings) as store:
+        parent = store.champion().name
+    return ReleaseFacts(
+        created_at=datetime.now(UTC),
+        fingerprints={
+            "towers": facts["towers"],
+            "items": facts["items"],
+            "encoder": read_json(retrieval / "encoder.json")["fingerprint"],
+        },
+        links={
+            "index.towers": facts["towers"],
+            "index.items": facts["items"],
+            "ranker.towers": read_json(settings.models / RANKER / "link.json")["towers"],
+        },
+        window=window,
+        seeds={"towers": settings.towers.seed, "ranker": settings.ranker.seed, "split": settings.split.seed},
+        versions=_versions(),
+        source={
+            "kind": source.kind,
+            "positive": source.positive,
+            "exclude_seen": source.exclude_seen,
+            "tasks": [task.name for task in source.tasks],
+        },
+        settings={
+            "towers": _jsonable(settings.towers),
+            "ranker": _jsonable(settings.ranker),
+            "rerank": _jsonable(settings.rerank),
+        },
+        metrics=headline(read_json(settings.models / EVALUATION / "report.json")),
+        parent=parent,
+    )
+
+
+def _jsonable(section: Any) -> Any:
+    return json.loads(json.dumps(vars(section), default=dict))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError
+
+    found = {}
+    for name in _TRACED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_feature_versions(settings: Settings, path: Path) -> None:
+    from feature_repo.views import read_views
+
+    views = read_views(settings.feature_tables)
+    write_json(path, {view.name: {"version": view.version, "features": [each.name for each in view.fields]} for view in views})
+
+
+def _register(settings: Settings, store: ReleaseStore, name: str) -> tuple[str | None, str]:
+    """MLflow's version of the release; when MLflow does not answer the release stands all the same, and says so."""
+    release = store.get(name)
+    try:
+        registered = open_tracker(settings).register(release.manifest, release.folder)
+    except UnavailableError as error:
+        return None, f" (not registered: {error}; `tandem release promote` tries again)"
+    store.registered(name, registered)
+    return registered, f", version {registered} in MLflow"
+
+
+def release_list(settings: Settings) -> Outcome:
+    with open_releases(settings) as store:
+        champion = store.champion().name
+        rows = tuple(
+            (
+                each.name,
+                "champion" if each.name == champion else "",
+                each.created_at.isoformat(timespec="seconds"),
+                each.model_version,
+                each.manifest.metrics.get("towers_ranker/ndcg@10"),
+            )
+            for each in store.list()
+        )
+    data = {"champion": champion, "releases": [row[0] for row in rows]}
+    table = Table("Releases", ("release", "", "created", "mlflow", "ndcg@10"), rows)
+    return Outcome(f"{len(rows)} releases", data, table, "tandem release show NAME")
+
+
+def release_show(settings: Settings, name: str) -> Outcome:
+    from registry.release import verify_release
+
+    with open_releases(settings) as store:
+        release = store.get(name)
+    manifest = verify_release(release.folder, release.content_hash)
+    facts = (("content hash", manifest.content_hash), ("parent", manifest.parent), ("source", str(manifest.source.get("kind"))))
+    rows = (*facts, *sorted(manifest.metrics.items()))
+    return Outcome(
+        f"release {name} is whole", manifest.to_dict(), Table(name, ("what", "value"), rows), f"tandem release promote {name}"
+    )
+
+
+def release_gate(settings: Settings, name: str) -> Outcome:
+    """Hold a release against the champion, paired on the same test users. Raises GateRefusedError with the sentences."""
+    with open_releases(settings) as store:
+        _, verdict = _judge(store, name)
+    rows = tuple(tuple(row.values()) for row in verdict.table().to_dicts())
+    table = Table("Gate", tuple(verdict.table().columns), rows)
+    if not verdict.passed:
+        raise GateRefusedError("; ".join(verdict.sentences))
+    return Outcome(
+        f"{name} may be promoted: " + "; ".join(verdict.sentences), verdict.to_dict(), table, f"tandem release promote {name}"
+    )
+
+
+def _judge(store: ReleaseStore, name: str) -> tuple[int, Any]:
+    """The stored number of a verdict on `name` against the champion, and the verdict."""
+    import polars as pl
+
+    from registry.gates import Gate, judge
+
+    challenger, champion = store.get(name), store.champion().name
+
+    def rows(folder: Path) -> pl.DataFrame:
+        return pl.read_parquet(folder / "evaluation" / "users.parquet").filter(pl.col("system") == "towers + ranker")
+
+    gates = [Gate("ndcg@10", margin=0.01, minimum_users=30), Gate("recall@100", margin=0.02, minimum_users=30)]
+    old = rows(store.get(champion).folder) if champion and champion != name else None
+    verdict = judge(old, rows(challenger.folder), gates)
+    record = store.judged(name, champion, verdict.passed, verdict.to_dict())
+    return record.number, verdict
+
+
+def release_promote(settings: Settings, name: str, because: str = "", force: bool = False) -> Outcome:
+    """Make a release the champion, if it is whole and the gate lets it; `force` needs a reason and is recorded."""
+    from registry.release import verify_release
+
+    if force and not because:
+        raise InputError('a forced promotion needs a reason; add --because "…"')
+    with open_releases(settings) as store:
+        release, champion = store.get(name), store.champion()
+        verify_release(release.folder, release.content_hash)
+        if champion.name == name:
+            return Outcome(f"{name} is already the champion", {"champion": name}, None, "tandem serve")
+        number, verdict = _judge(store, name)
+        if not verdict.passed and not force:
+            raise GateRefusedError(
+                "; ".join(verdict.sentences) + f'; to promote all the same: tandem release promote {name} --force --because "…"'
+            )
+        why = because or ("first release" if champion.name is None else "passed the gate")
+        promotion = store.promote(name, expected=champion.name, who=who_am_i(), why=why, gate=number if verdict.passed else None)
+        note = _mirror(settings, store)
+    data = {"champion": name, "before": champion.name, "why": why, "at": promotion.at.isoformat(), "forced": force}
+    return Outcome(f"{name} is live (before: {champion.name or 'nothing'}){note}", data, None, "tandem serve")
+
+
+def release_rollback(settings: Settings, to: str | None = None, because: str = "") -> Outcome:
+    """Back to the champion before, or to a named earlier one, in one step."""
+    from registry.release import verify_release
+
+    with open_releases(settings) as store:
+        before = store.champion().name
+        target = to or store.previous()
+        verify_release(store.get(target).folder, store.get(target).content_hash)
+        promotion = store.rollback(target, expected=before, who=who_am_i(), why=because or "rollback")
+        note = _mirror(settings, store)
+    data = {"champion": promotion.name, "before": before, "at": promotion.at.isoformat()}
+    return Outcome(f"{promotion.name} is live again (before: {before}){note}", data, None, "tandem release history")
+
+
+def release_history(settings: Settings) -> Outcome:
+    with open_releases(settings) as store:
+        lines = store.history()
+    rows = tuple(
+        (line.at.isoformat(timespec="seconds"), line.kind, line.previous, line.name, line.who, line.why) for line in lines
+    )
+    keys = ("at", "kind", "from", "to", "who", "why")
+    data = {"history": [dict(zip(keys, row, strict=True)) for row in rows]}
+    return Outcome(f"{len(rows)} changes of champion", data, Table("History", keys, rows), "tandem release rollback")
+
+
+def release_diff(settings: Settings, a: str, b: str) -> Outcome:
+    from registry.release import diff
+
+    with open_releases(settings) as store:
+        changes = diff(store.get(a).manifest, store.get(b).manifest)
+    rows = tuple((each.section, each.key, str(each.before), str(each.after)) for each in changes)
+    return Outcome(
+        f"{len(rows)} differences",
+        {"changes": [list(row) for row in rows]},
+        Table(f"{a} → {b}", ("section", "what", a, b), rows),
+        "",
+    )
+
+
+def _mirror(settings: Settings, store: ReleaseStore) -> str:
+    """Let MLflow's alias follow our table; ours is the truth, so MLflow's absence is reported and no failure."""
+    try:
+        report = open_tracker(settings).mirror(store)
+    except UnavailableError as error:
+        return f"; MLflow's alias is not set yet: {error}"
+    return "; " + "; ".join(report.sentences)

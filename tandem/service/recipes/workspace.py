@@ -1,0 +1,96 @@
+"""What every recipe shares: names of model folders, the lock of a workspace, its release tables, its MLflow runs."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from tandem.core.errors import UnavailableError
+from tandem.core.folders import held, sweep_partials
+from tandem.service.settings import Settings
+
+if TYPE_CHECKING:
+    from registry.store import ReleaseStore
+    from registry.tracking import Tracker
+
+Progress = Callable[[str, int, int], None]
+
+RETRIEVAL: Final = "retrieval"
+RANKER: Final = "ranker"
+EVALUATION: Final = "evaluation"
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@contextmanager
+def writing(settings: Settings, who: str) -> Iterator[None]:
+    """One writer per workspace; leftovers of a crashed one are swept."""
+    with held(settings.state / "workspace.lock", who):
+        for folder in (settings.models, settings.data):
+            sweep_partials(folder)
+        yield
+
+
+@contextmanager
+def open_releases(settings: Settings) -> Iterator[ReleaseStore]:
+    from registry.store import ReleaseStore
+
+    settings.state.mkdir(parents=True, exist_ok=True)
+    store = ReleaseStore(settings.registry_url)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def open_tracker(settings: Settings) -> Tracker:
+    from registry.tracking import Tracker
+
+    settings.state.mkdir(parents=True, exist_ok=True)
+    root = None if settings.registry.mlflow_uri else settings.workspace / "mlruns"
+    return Tracker(settings.mlflow_uri, settings.registry.experiment, root, settings.registry.model)
+
+
+class RunLog:
+    """Figures of a run; they wait here until it ends, so that a slow MLflow never slows training."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.settings: dict[str, Any] = {}
+        self.tables: list[tuple[Any, str]] = []
+
+    def metrics(self, values: dict[str, float]) -> None:
+        self.steps.append(dict(values))
+
+    def params(self, values: dict[str, Any]) -> None:
+        self.settings |= values
+
+    def table(self, frame: Any, file: str) -> None:
+        self.tables.append((frame, file))
+
+
+@contextmanager
+def tracked_run(settings: Settings, name: str) -> Iterator[RunLog]:
+    """An MLflow run around a block, written after it; without MLflow the work stands, and the run is missing."""
+    log = RunLog()
+    yield log
+    try:
+        with open_tracker(settings).run(name, {"workspace": settings.workspace.name}) as run:
+            run.params(log.settings)
+            for step, values in enumerate(log.steps):
+                run.metrics({key.replace("@", "_at_"): value for key, value in values.items() if value == value}, step)
+            for frame, file in log.tables:
+                run.table(frame, file)
+    except UnavailableError:
+        return
+
+
+def who_am_i() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
