@@ -1,12 +1,13 @@
 """A Feast batch engine: offline table -> newest row per entity -> online store, in columns.
 
 In: Feast's materialisation tasks, from our `materialize` and from `feast materialize` alike. Out: rows in the online store, and
-per view what became of them in `PolarsComputeEngine.written`. Feast moves its watermark only when a task succeeds.
+per view what became of them in `PolarsComputeEngine.written`. Feast moves its watermark only when a task succeeds. A large table
+is taken range by range of its keys, so that memory does not grow with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, cast
@@ -19,14 +20,24 @@ from feast.infra.online_stores.online_store import OnlineStore
 from feast.repo_config import RepoConfig
 from feast.utils import _convert_arrow_to_proto
 
-from feature_repo.sqlite_store import NewestSqliteOnlineStore, Written, entity_key
+from feature_repo.newest import NewestOnlineStore, Written, entity_key
+from feature_repo.polars_store import PolarsOfflineStore, newest_by_range
 from feature_repo.views import MAX_AHEAD
 from tandem.core.errors import InputError
 
 OVERLAP: Final = timedelta(hours=1)
 """How far before its start a task looks again, for rows that arrived late."""
 
-_ROWS_PER_WRITE: Final = 20_000
+Progress = Callable[[str, int], None]
+"""Told the view's name and how many more entities are stored."""
+
+_ROWS_PER_WRITE: Final = 50_000
+_ROWS_PER_RANGE: Final = 1_000_000
+_FIRST: Final = datetime.min.replace(tzinfo=UTC)
+
+
+def unwatched(view: str, stored: int) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass
@@ -53,11 +64,15 @@ class _Job(MaterializationJob):  # type: ignore[misc]
 
 
 class PolarsComputeEngine(ComputeEngine):  # type: ignore[misc]
-    """Feast's engine interface; `written` holds, by view name, the counts of the latest task of each view."""
+    """Feast's engine interface; `written` holds, by view name, the counts of the latest task of each view.
+
+    `progress` may be set by whoever watches.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.written: dict[str, Written] = {}
+        self.progress: Progress = unwatched
 
     def update(self, *_: Any, **__: Any) -> None:
         """Nothing to prepare: the engine runs in this process."""
@@ -76,39 +91,39 @@ class PolarsComputeEngine(ComputeEngine):  # type: ignore[misc]
         if task.disable_event_timestamp:
             raise InputError("features keep their own event times here; run materialize without --disable-event-timestamp")
         now, view = datetime.now(UTC), task.feature_view
-        newest = self._newest(view, task.start_time, min(task.end_time, now + MAX_AHEAD))
-        return write_newest(self.online_store, self.repo_config, view, newest, now)
+        end, total = min(task.end_time, now + MAX_AHEAD), Written()
+        for newest in self._newest(view, max(task.start_time, _FIRST + OVERLAP) - OVERLAP, end):
+            for start in range(0, newest.height, _ROWS_PER_WRITE):
+                done = write_newest(self.online_store, self.repo_config, view, newest.slice(start, _ROWS_PER_WRITE), now)
+                self.progress(view.name, done.written + done.late)
+                total += done
+        return total
 
-    def _newest(self, view: FeatureView, start: datetime, end: datetime) -> pl.DataFrame:
+    def _newest(self, view: FeatureView, start: datetime, end: datetime) -> Iterator[pl.DataFrame]:
+        """The newest row per entity of a view, in the order of the stores' keys, in pieces that fit into memory."""
         source = view.batch_source
-        job = self.offline_store.pull_latest_from_table_or_query(
-            config=self.repo_config,
-            data_source=source,
-            join_key_columns=[column.name for column in view.entity_columns],
-            feature_name_columns=[each.name for each in view.features],
-            timestamp_field=source.timestamp_field,
-            created_timestamp_column=source.created_timestamp_column or None,
-            start_date=max(start, datetime.min.replace(tzinfo=UTC) + OVERLAP) - OVERLAP,
-            end_date=end,
-        )
-        return cast(pl.DataFrame, pl.from_arrow(job.to_arrow()))
+        columns: dict[str, Any] = {
+            "join_key_columns": [column.name for column in view.entity_columns],
+            "feature_name_columns": [each.name for each in view.features],
+            "timestamp_field": source.timestamp_field,
+            "created_timestamp_column": source.created_timestamp_column or None,
+        }
+        if isinstance(self.offline_store, PolarsOfflineStore):
+            yield from newest_by_range(self.repo_config, source, **columns, start=start, end=end, rows=_ROWS_PER_RANGE)
+            return
+        pull = self.offline_store.pull_latest_from_table_or_query
+        job = pull(config=self.repo_config, data_source=source, **columns, start_date=start, end_date=end)
+        yield cast(pl.DataFrame, pl.from_arrow(job.to_arrow()))
 
 
 def write_newest(online: OnlineStore, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
     """Store the newest row per entity of a frame [key, event_timestamp, features...], unless the store holds a newer one.
 
-    Our SQLite store does it in one transaction per slice of rows; for any other store the times are read first, which two
-    writers at once could defeat.
+    Our own stores do it in columns; for any other store the times are read first, which two writers at once could defeat.
     """
-    slices = [frame.slice(start, _ROWS_PER_WRITE) for start in range(0, frame.height, _ROWS_PER_WRITE)]
-    write = _write_columns if isinstance(online, NewestSqliteOnlineStore) else _write_rows
-    return _total([write(online, config, view, part, now) for part in slices])
-
-
-def _write_columns(
-    store: NewestSqliteOnlineStore, config: RepoConfig, view: FeatureView, part: pl.DataFrame, now: datetime
-) -> Written:
-    return store.write_newest(config, view, part, now)
+    if isinstance(online, NewestOnlineStore):
+        return online.write_newest(config, view, frame, now)
+    return _write_rows(online, config, view, frame, now)
 
 
 def _write_rows(store: OnlineStore, config: RepoConfig, view: FeatureView, part: pl.DataFrame, now: datetime) -> Written:
@@ -123,7 +138,3 @@ def _write_rows(store: OnlineStore, config: RepoConfig, view: FeatureView, part:
         rows = _convert_arrow_to_proto(fresh.to_arrow(compat_level=pl.CompatLevel.oldest()), view, keys)
         store.online_write_batch(config, view, rows, None)
     return Written(written=fresh.height, late=newest.height - fresh.height, ahead=part.height - in_time.height)
-
-
-def _total(parts: Sequence[Written]) -> Written:
-    return Written(sum(each.written for each in parts), sum(each.late for each in parts), sum(each.ahead for each in parts))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import polars as pl
 
+from feature_repo.online_config import OnlineConfig, sqlite_section
 from feature_repo.views import TIMESTAMP, ViewSchema, read_views, view_named
 from tandem.core.errors import IncompatibleError, InputError
 from tandem.core.folders import held, write_text
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 PROJECT: Final = "tandem"
+_YAML: Final = "feature_store.yaml"
 LOCK: Final = "state/materialize.lock"
 """Held while definitions are applied and while anything is written online."""
 
@@ -35,26 +38,29 @@ _log = logging.getLogger(__name__)
 
 
 def open_store(workspace: Path) -> FeatureStore:
-    """The workspace's Feast store: SQL registry, SQLite online, our offline store and engine. Creates `state/` if need be."""
+    """The workspace's Feast store: SQL registry, the online store it was applied with, our offline store and engine.
+
+    Creates `state/` if need be.
+    """
     from feast import FeatureStore, RepoConfig
 
     home = workspace.resolve()
     (home / "state").mkdir(parents=True, exist_ok=True)
-    return FeatureStore(config=RepoConfig(**_settings(home), repo_path=home))
+    return FeatureStore(config=RepoConfig(**_settings(home, _expanded(_online_section(home))), repo_path=home))
 
 
-def apply(workspace: Path) -> tuple[str, ...]:
+def apply(workspace: Path, online: OnlineConfig | None = None) -> tuple[str, ...]:
     """Make the registry and the online tables equal to `features/schema.json`; returns the names of the views.
 
-    What `schema.json` no longer names is deleted, as `feast apply` does. Raises NotFoundError before the first build and
-    BusyError while another run applies or materialises.
+    `online` says where online features lie from now on; None leaves it as it is. What `schema.json` no longer names is deleted,
+    as `feast apply` does. Raises NotFoundError before the first build and BusyError while another run applies or materialises.
     """
     from feast.repo_operations import apply_total_with_repo_instance
 
     views = read_views(workspace / "features")
     with held(workspace / LOCK, "features apply"), quiet():
+        write_feast_files(workspace, online)
         store = open_store(workspace)
-        write_feast_files(workspace)
         apply_total_with_repo_instance(store, PROJECT, store.registry, _contents(views), skip_source_validation=False)
     return tuple(view.name for view in views)
 
@@ -89,12 +95,13 @@ def check_applied(store: FeatureStore, views: Sequence[ViewSchema]) -> None:
         raise IncompatibleError(f"feature views {stale} differ from what was applied; run `tandem features apply`")
 
 
-def write_feast_files(workspace: Path) -> None:
+def write_feast_files(workspace: Path, online: OnlineConfig | None = None) -> None:
     """Give the workspace its own `feature_store.yaml` and `definitions.py`, with this folder's absolute paths."""
     import yaml
 
     home = workspace.resolve()
-    write_text(home / "feature_store.yaml", _YAML_HEAD + yaml.safe_dump(_settings(home), sort_keys=False))
+    section = _online_section(home) if online is None else online.section(home)
+    write_text(home / _YAML, _YAML_HEAD + yaml.safe_dump(_settings(home, section), sort_keys=False))
     write_text(home / "definitions.py", _DEFINITIONS)
 
 
@@ -109,7 +116,26 @@ def quiet() -> Iterator[None]:
         _log.debug("feast: %s", text.getvalue())
 
 
-def _settings(home: Path) -> dict[str, Any]:
+def _online_section(home: Path) -> dict[str, Any]:
+    """`online_store` as the workspace was applied with it; a SQLite file moves with the workspace."""
+    import yaml
+
+    path = home / _YAML
+    chosen = yaml.safe_load(path.read_text(encoding="utf-8")).get("online_store", {}) if path.is_file() else {}
+    default = sqlite_section(home)
+    return default if chosen.get("type", default["type"]) == default["type"] else chosen
+
+
+def _expanded(section: dict[str, Any]) -> dict[str, Any]:
+    """With `${NAME}` replaced from the environment, as Feast's own commands do it."""
+    found = {name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in section.items()}
+    unset = [name for name, value in found.items() if isinstance(value, str) and "${" in value]
+    if unset:
+        raise InputError(f"online store: {unset} name an environment variable that is not set; set it, or write the value")
+    return found
+
+
+def _settings(home: Path, online: dict[str, Any]) -> dict[str, Any]:
     """What `feature_store.yaml` says, for the workspace at the absolute path `home`."""
     return {
         "project": PROJECT,
@@ -120,7 +146,7 @@ def _settings(home: Path) -> dict[str, Any]:
             "cache_ttl_seconds": 60,
             "serve_features_while_materializing": True,
         },
-        "online_store": {"type": "feature_repo.sqlite_store.NewestSqliteOnlineStore", "path": str(home / "state" / "online.db")},
+        "online_store": online,
         "offline_store": {"type": "feature_repo.polars_store.PolarsOfflineStore", "root": str(home)},
         "batch_engine": {"type": "feature_repo.engine.PolarsComputeEngine"},
         "entity_key_serialization_version": 3,

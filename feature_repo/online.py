@@ -50,7 +50,7 @@ class UserReader:
         """`store` is an open store or a workspace. Raises NotFoundError when nothing was applied."""
         from feast.type_map import feast_value_type_to_python_type
 
-        from feature_repo.sqlite_store import entity_key
+        from feature_repo.newest import entity_key
 
         opened = open_store(store) if isinstance(store, Path) else store
         self._views = _views_of(opened)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -130,13 +130,9 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
         """The newest row per entity with start_date <= time <= end_date."""
         order = [timestamp_field, *_named(created_timestamp_column)]
         rows = _between(scan(config, data_source), timestamp_field, start_date, end_date)
-        columns = [*join_key_columns, *feature_name_columns, *order]
-        newest = (
-            rows.select(columns)
-            .sort(*join_key_columns, *order, maintain_order=True)
-            .unique(join_key_columns, keep="last", maintain_order=True)
+        return PolarsRetrievalJob(
+            _newest(rows.select(*join_key_columns, *feature_name_columns, *order), join_key_columns, order).collect
         )
-        return PolarsRetrievalJob(newest.collect)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -185,6 +181,56 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
         columns = scan(config, data_source).collect_schema().names()
         if data_source.timestamp_field not in columns:
             raise InputError(f"source {data_source.name!r} has no column {data_source.timestamp_field!r}; it has {columns}")
+
+
+def newest_by_range(
+    config: RepoConfig,
+    source: DataSource,
+    join_key_columns: Sequence[str],
+    feature_name_columns: Sequence[str],
+    timestamp_field: str,
+    created_timestamp_column: str | None,
+    start: datetime,
+    end: datetime,
+    rows: int,
+) -> Iterator[pl.DataFrame]:
+    """The newest row per entity with start <= time <= end, range by range of the keys, about `rows` source rows at a time.
+
+    Ranges and rows come in the order of the first key's length, then of the key: the order of Feast's serialized keys.
+    """
+    order = [timestamp_field, *_named(created_timestamp_column)]
+    found = _between(scan(config, source), timestamp_field, start, end)
+    found = found.select(*join_key_columns, *feature_name_columns, *order).drop_nulls(list(join_key_columns))
+    key = pl.col(join_key_columns[0]).cast(pl.String)
+    for part in _key_ranges(found, key, rows):
+        newest = _newest(found.filter(part) if part is not None else found, join_key_columns, order).collect()
+        yield newest.sort(key.str.len_bytes(), key)
+
+
+def _newest(rows: pl.LazyFrame, keys: Sequence[str], order: Sequence[str]) -> pl.LazyFrame:
+    ordered = rows.sort(*keys, *order, maintain_order=True)
+    return ordered.unique(keys, keep="last", maintain_order=True)
+
+
+def _key_ranges(rows: pl.LazyFrame, key: pl.Expr, size: int) -> list[pl.Expr | None]:
+    """Conditions that cut the rows into ranges of (length of key, key) of about `size` rows each; [None] for one range."""
+    count = rows.select(pl.len()).collect().item()
+    ranges = -(-count // size)
+    if ranges < 2:
+        return [None]
+    step = max(1, count // (1000 * ranges))
+    sample = rows.select(key.alias("key")).gather_every(step).sort(pl.col("key").str.len_bytes(), "key").collect()["key"]
+    borders = [sample[len(sample) * at // ranges] for at in range(1, ranges)]
+    above = [pl.lit(True), *(_reaches(key, border) for border in borders)]
+    below = [*(~_reaches(key, border) for border in borders), pl.lit(True)]
+    return [one & other for one, other in zip(above, below, strict=True)]
+
+
+def _reaches(key: pl.Expr, border: str) -> pl.Expr:
+    """Is (length of key, key) at or above that of the border?"""
+    length = key.str.len_bytes()
+    size = len(border.encode())
+    return (length > size) | ((length == size) & (key >= border))
 
 
 def source_path(config: RepoConfig, source: DataSource) -> Path:

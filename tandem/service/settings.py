@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from feature_repo.aggregates import AggregateConfig
+from feature_repo.online_config import OnlineConfig
 from retrieval.candidates import CandidateConfig
 from retrieval.index import IndexConfig
 from tandem.core.errors import InputError
@@ -123,6 +124,7 @@ class Settings:
 
     workspace: Path
     features: AggregateConfig = field(default_factory=lambda: AggregateConfig(history_length=100))
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     split: SplitSettings = field(default_factory=SplitSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     towers: TowerSettings = field(default_factory=TowerSettings)
@@ -184,8 +186,11 @@ def write_default(workspace: Path) -> Path:
 
 DEFAULT: Final = """\
 # Tandem workspace settings. Every key has a default; unknown keys are refused.
-# `tandem status` prints where everything lies. Sections: features split encoder towers index candidates ranker
+# `tandem status` prints where everything lies. Sections: features online split encoder towers index candidates ranker
 # evaluation rerank service registry table
+
+[online]
+# url = "redis://localhost:6379/0"   # or postgresql://…; empty: a SQLite file of this workspace
 
 [encoder]
 # model = "minilm"              # or any Hugging Face name or folder, for example "intfloat/multilingual-e5-small"

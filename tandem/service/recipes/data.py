@@ -49,7 +49,7 @@ def simulate(settings: Settings, users: int, items: int, days: int, seed: int) -
 
 def _forget_online(settings: Settings, replaced: bool) -> None:
     """After starting over, empty the online store: otherwise newer rows of the old data would win for ever."""
-    if replaced and (settings.state / "online.db").exists():
+    if replaced and (settings.state / "registry.db").exists():
         from feature_repo.materialize import forget
 
         forget(settings.workspace)
@@ -97,7 +97,7 @@ def features_apply(settings: Settings) -> Outcome:
 
     if not (settings.feature_tables / "schema.json").is_file():
         features_build(settings)
-    views = apply(settings.workspace)
+    views = apply(settings.workspace, settings.online)
     table = Table("Feast views", ("view",), tuple((name,) for name in views))
     return Outcome(f"{len(views)} feature views applied", {"views": list(views)}, table, "tandem features materialize")
 

@@ -1,0 +1,208 @@
+"""Feast's PostgreSQL online store, with our two rules, and whole columns at once.
+
+In: rows from Feast's own commands (`online_write_batch`) and columns from our engine (`write_newest`). Out: tables in the stock
+layout, one row per (entity, feature); `event_ts` keeps microseconds there. A write is one transaction: rows are copied into a
+temporary table, one row per entity; what is late leaves it; the rest is upserted by one statement and counted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Literal, cast
+
+import polars as pl
+from feast.feature_view import FeatureView
+from feast.infra.key_encoding_utils import serialize_entity_key
+from feast.infra.online_stores.helpers import compute_table_id
+from feast.infra.online_stores.postgres_online_store.postgres import PostgreSQLOnlineStore, PostgreSQLOnlineStoreConfig
+from feast.infra.utils.postgres.connection_utils import _get_conn
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.repo_config import RepoConfig
+from psycopg import Connection, Cursor
+from psycopg.sql import SQL, Composable, Composed, Identifier
+from psycopg.sql import Literal as Text
+
+from feature_repo.newest import (
+    KEY_VERSION,
+    Answer,
+    NewestOnlineStore,
+    NewestRows,
+    RowWise,
+    Written,
+    answers,
+    keys_of,
+    microseconds,
+    rows_of_frame,
+    rows_of_messages,
+)
+from tandem.core.errors import IntegrityError
+
+
+class NewestPostgresOnlineStoreConfig(PostgreSQLOnlineStoreConfig):  # type: ignore[misc]
+    """`online_store` in `feature_store.yaml`: host, port, database, db_schema, user, password, sslmode as Feast has them."""
+
+    type: Literal["feature_repo.postgres_store.NewestPostgresOnlineStore"] = (  # type: ignore[assignment]
+        "feature_repo.postgres_store.NewestPostgresOnlineStore"
+    )
+
+
+class NewestPostgresOnlineStore(PostgreSQLOnlineStore, NewestOnlineStore):  # type: ignore[misc]
+    """PostgreSQL online store in which a late event never replaces a newer one, and none from the future stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._using = threading.RLock()
+
+    def online_write_batch(
+        self, config: RepoConfig, table: FeatureView, data: RowWise, progress: Callable[[int], Any] | None
+    ) -> None:
+        """Feast's row-wise write, with the guards; what is late or ahead is skipped."""
+        self._store(config, table, rows_of_messages(data, datetime.now(UTC)))
+        if progress:
+            progress(len(data))
+
+    def write_newest(self, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
+        """As `NewestOnlineStore` has it, in one transaction: an error leaves nothing changed."""
+        return self._store(config, view, rows_of_frame(view, frame, now))
+
+    def online_read(
+        self,
+        config: RepoConfig,
+        table: FeatureView,
+        entity_keys: Sequence[EntityKey],
+        requested_features: Sequence[str] | None = None,
+    ) -> list[Answer]:
+        """Per entity its event time (µs, UTC) and values by feature; (None, None) where it is unknown."""
+        keys = [serialize_entity_key(key, KEY_VERSION) for key in entity_keys]
+        query, wanted = _SELECT.format(_table(config, table)), list(requested_features or ()) or None
+        with self._get_conn(config, autocommit=True) as conn:
+            rows = conn.execute(query, {"keys": keys, "wanted": wanted}).fetchall()
+        return answers(keys, ((bytes(key), name, bytes(value), microseconds(when)) for key, name, value, when in rows))
+
+    def clear(self, config: RepoConfig, view: FeatureView) -> int:
+        """Forget every entity of a view; returns how many there were."""
+        entities, _ = self.extent(config, view)
+        with self._transaction(config) as cursor:
+            cursor.execute(SQL("DELETE FROM {}").format(_table(config, view)))
+        return entities
+
+    def erase(self, config: RepoConfig, view: FeatureView, ids: Sequence[str]) -> int:
+        """Forget these entities of a view; returns how many there were."""
+        delete = SQL("WITH gone AS (DELETE FROM {} WHERE entity_key = ANY(%s) RETURNING entity_key) {}")
+        count = SQL("SELECT COUNT(DISTINCT entity_key) FROM gone")
+        with self._transaction(config) as cursor:
+            cursor.execute(delete.format(_table(config, view), count), [keys_of(view, ids)])
+            return _number(cursor)
+
+    def extent(self, config: RepoConfig, view: FeatureView) -> tuple[int, datetime | None]:
+        """How many entities a view holds, and the newest event time among them."""
+        query = SQL("SELECT COUNT(DISTINCT entity_key), MAX(event_ts) FROM {}").format(_table(config, view))
+        with self._transaction(config) as cursor:
+            entities, newest = cast(tuple[int, datetime | None], cursor.execute(query).fetchone())
+        return entities, None if newest is None else newest.astimezone(UTC)
+
+    def _store(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+        table = _table(config, view)
+        if not len(rows):
+            return Written(ahead=rows.ahead)
+        with self._transaction(config) as cursor:
+            cursor.execute(SQL("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE").format(table))  # one writer; readers go on
+            _bring(cursor, rows)
+            late = cursor.execute(_DROP_LATE.format(table)).rowcount
+            cursor.execute(_upsert(table, list(rows.values)))
+            _check_stored(cursor, table, view.name, len(rows) - late)
+        return Written(written=len(rows) - late, late=late, ahead=rows.ahead)
+
+    @contextmanager
+    def _transaction(self, config: RepoConfig) -> Iterator[Cursor[Any]]:
+        with self._get_conn(config) as conn, conn.transaction(), conn.cursor() as cursor:
+            yield cursor
+
+    _conn: Connection[Any] | None
+
+    @contextmanager
+    def _get_conn(self, config: RepoConfig, autocommit: bool = False) -> Iterator[Connection[Any]]:
+        """One connection, used by one thread at a time, and opened anew where the server has closed it."""
+        with self._using:
+            if self._conn is None or self._conn.closed:
+                self._conn = _get_conn(config.online_store)
+            if self._conn.autocommit != autocommit:
+                self._conn.set_autocommit(autocommit)
+            try:
+                yield self._conn
+            except BaseException:
+                if not self._conn.closed:
+                    self._conn.rollback()
+                raise
+
+
+def _table(config: RepoConfig, view: FeatureView) -> Identifier:
+    return Identifier(compute_table_id(config.project, view, config.registry.enable_online_feature_view_versioning))
+
+
+# --- one write --------------------------------------------------------------------------------------------------------------
+
+
+def _bring(cursor: Cursor[Any], rows: NewestRows) -> None:
+    """Copy the rows into the temporary table `incoming`: key, time, then value and text of each feature."""
+    cells = [column for name in rows.values for column in (rows.values[name], rows.texts[name])]
+    places = range(len(rows.values))
+    columns = SQL(", ").join(
+        SQL("{} {}").format(Identifier(f"{kind}{at}"), SQL(dtype)) for at in places for kind, dtype in _CELL_TYPES
+    )
+    cursor.execute(SQL("CREATE TEMP TABLE incoming (entity_key bytea, event_ts timestamptz, {}) ON COMMIT DROP").format(columns))
+    times = rows.times.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    with cursor.copy("COPY incoming FROM STDIN (FORMAT BINARY)") as copy:
+        copy.set_types(["bytea", "timestamptz", *(dtype for _ in places for _, dtype in _CELL_TYPES)])
+        for row in zip(rows.keys, times, *cells, strict=True):
+            copy.write_row(row)
+
+
+_SELECT = SQL(
+    "SELECT entity_key, feature_name, value, event_ts FROM {} "
+    "WHERE entity_key = ANY(%(keys)s) AND (%(wanted)s::text[] IS NULL OR feature_name = ANY(%(wanted)s))"
+)
+
+_CELL_TYPES = (("value", "bytea"), ("text", "text"))
+
+_DROP_LATE = SQL(
+    "DELETE FROM incoming WHERE EXISTS (SELECT 1 FROM {} AS stored "
+    "WHERE stored.entity_key = incoming.entity_key AND stored.event_ts > incoming.event_ts)"
+)
+
+
+def _upsert(table: Identifier, features: Sequence[str]) -> Composed:
+    """One statement for all features; what did not change is not written."""
+    cells: Composable = SQL(", ").join(
+        SQL("({}, {}, {})").format(Text(name), Identifier(f"value{at}"), Identifier(f"text{at}"))
+        for at, name in enumerate(features)
+    )
+    return SQL(
+        "INSERT INTO {table} AS stored (entity_key, feature_name, value, value_text, event_ts) "
+        "SELECT entity_key, cell.name, cell.value, cell.text, event_ts "
+        "FROM incoming CROSS JOIN LATERAL (VALUES {cells}) AS cell (name, value, text) WHERE cell.value IS NOT NULL "
+        "ON CONFLICT (entity_key, feature_name) DO UPDATE SET value = excluded.value, value_text = excluded.value_text, "
+        "event_ts = excluded.event_ts "
+        "WHERE (stored.event_ts, stored.value) IS DISTINCT FROM (excluded.event_ts, excluded.value)"
+    ).format(table=table, cells=cells)
+
+
+def _check_stored(cursor: Cursor[Any], table: Identifier, view: str, wanted: int) -> None:
+    """Are all entities there, at least one feature of each with the time that was written?"""
+    query = SQL(
+        "SELECT COUNT(*) FROM incoming WHERE EXISTS (SELECT 1 FROM {} AS stored "
+        "WHERE stored.entity_key = incoming.entity_key AND stored.event_ts = incoming.event_ts)"
+    )
+    cursor.execute(query.format(table))
+    stored = _number(cursor)
+    if stored != wanted:
+        raise IntegrityError(
+            f"PostgreSQL, view {view}: {wanted - stored} of {wanted} entities were not stored; nothing was changed, run it again"
+        )
+
+
+def _number(cursor: Cursor[Any]) -> int:
+    return int(cast(tuple[int], cursor.fetchone())[0])
