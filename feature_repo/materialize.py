@@ -7,7 +7,7 @@ In: a workspace whose definitions were applied. Out: newest row per entity onlin
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from tandem.core.schema import TIME
 if TYPE_CHECKING:
     from feast import FeatureStore
 
+Progress = Callable[[str, int, int], None]
 BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
 QUARANTINE: Final = "state/quarantine"
 
@@ -57,11 +58,14 @@ class MaterializeCounts:
         return sum(each.quarantined for each in self.views.values())
 
 
-def materialize(workspace: Path, until: datetime | None = None, since: datetime | None = None) -> MaterializeCounts:
+def materialize(
+    workspace: Path, until: datetime | None = None, since: datetime | None = None, progress: Progress | None = None
+) -> MaterializeCounts:
     """Store every entity's newest row in [since, until] online through Feast, and write a snapshot as of `until`.
 
     Defaults: from the beginning (late rows are found, and what did not change is written again) until now. Feast looks one
-    hour further back than `since`, and moves a view's watermark only after the store counted what was written.
+    hour further back than `since`, and moves a view's watermark only after the store counted what was written. `progress` is told
+    a view's name, entities done, and about how many there are.
     Raises BusyError while another run holds the lock, IncompatibleError when what was built has not been applied.
     """
     now = datetime.now(UTC)
@@ -70,10 +74,27 @@ def materialize(workspace: Path, until: datetime | None = None, since: datetime 
     with held(workspace / LOCK, "features materialize"):
         sweep_partials(workspace / "snapshot")
         ahead = {view.name: _quarantine_table(workspace, view, now) for view in views}
-        written = _through_feast(open_store(workspace), views, since or BEGINNING, end)
+        store = open_store(workspace)
+        if progress:
+            store.provider.batch_engine.progress = _Counting(workspace, views, progress)
+        written = _through_feast(store, views, since or BEGINNING, end)
         version = write_snapshot(workspace / "features", workspace / "snapshot", end)
     counts = {name: ViewCounts(each[0], each[1], ahead[name]) for name, each in written.items()}
     return MaterializeCounts(counts, end, version)
+
+
+class _Counting:
+    """The engine's progress (view, entities more) as ours (view, entities done, about how many)."""
+
+    def __init__(self, workspace: Path, views: Sequence[ViewSchema], progress: Progress) -> None:
+        keys = {view.name: _table(workspace, view).select(pl.col(view.key).approx_n_unique()) for view in views}
+        self._totals = {name: int(counted.collect().item()) for name, counted in keys.items()}
+        self._done = dict.fromkeys(self._totals, 0)
+        self._progress = progress
+
+    def __call__(self, view: str, more: int) -> None:
+        self._done[view] += more
+        self._progress(f"materialize {view}", self._done[view], max(self._totals[view], self._done[view]))
 
 
 def push(workspace: Path, view: str, frame: pl.DataFrame) -> ViewCounts:

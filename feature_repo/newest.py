@@ -24,6 +24,8 @@ from feature_repo.value_bytes import key_column, value_column
 from feature_repo.views import MAX_AHEAD
 
 KEY_VERSION: Final = 3
+CONNECT_TIMEOUT_S: Final = 0.05
+"""How long serving waits for a connection."""
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 RowWise = Sequence[tuple[EntityKey, dict[str, Value], datetime, Any]]
 """Rows as Feast's own commands hand them over: key, values by feature, event time, creation time."""

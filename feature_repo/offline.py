@@ -37,16 +37,19 @@ JUST_BEFORE: Final = timedelta(microseconds=1)
 _log = logging.getLogger(__name__)
 
 
-def open_store(workspace: Path) -> FeatureStore:
+def open_store(workspace: Path, read_timeout_ms: int | None = None) -> FeatureStore:
     """The workspace's Feast store: SQL registry, the online store it was applied with, our offline store and engine.
 
-    Creates `state/` if need be.
+    `read_timeout_ms` is for serving: how long one call to an online server may take. Creates `state/` if need be.
     """
     from feast import FeatureStore, RepoConfig
 
     home = workspace.resolve()
     (home / "state").mkdir(parents=True, exist_ok=True)
-    return FeatureStore(config=RepoConfig(**_settings(home, _expanded(_online_section(home))), repo_path=home))
+    online = _expanded(_online_section(home))
+    if read_timeout_ms is not None and online["type"] != sqlite_section(home)["type"]:
+        online |= {"read_timeout_ms": read_timeout_ms}
+    return FeatureStore(config=RepoConfig(**_settings(home, online), repo_path=home))
 
 
 def apply(workspace: Path, online: OnlineConfig | None = None) -> tuple[str, ...]:

@@ -46,13 +46,18 @@ class UserReader:
     Feast does not apply ttl to online reads (feast#6821): a row older than its view's ttl counts as missing here.
     """
 
-    def __init__(self, store: FeatureStore | Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        """`store` is an open store or a workspace. Raises NotFoundError when nothing was applied."""
+    def __init__(
+        self,
+        store: FeatureStore | Path,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        read_timeout_ms: int | None = None,
+    ) -> None:
+        """`store` is an open store, or a workspace, whose store `read_timeout_ms` limits. Raises NotFoundError before `apply`."""
         from feast.type_map import feast_value_type_to_python_type
 
         from feature_repo.newest import entity_key
 
-        opened = open_store(store) if isinstance(store, Path) else store
+        opened = open_store(store, read_timeout_ms) if isinstance(store, Path) else store
         self._views = _views_of(opened)
         self._read = opened.provider.online_read
         self._config = opened.config

@@ -7,6 +7,7 @@ temporary table, one row per entity; what is late leaves it; the rest is upserte
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as Text
 
 from feature_repo.newest import (
+    CONNECT_TIMEOUT_S,
     KEY_VERSION,
     Answer,
     NewestOnlineStore,
@@ -47,6 +49,8 @@ class NewestPostgresOnlineStoreConfig(PostgreSQLOnlineStoreConfig):  # type: ign
     type: Literal["feature_repo.postgres_store.NewestPostgresOnlineStore"] = (  # type: ignore[assignment]
         "feature_repo.postgres_store.NewestPostgresOnlineStore"
     )
+    read_timeout_ms: int | None = None
+    """For serving: how long one statement may take."""
 
 
 class NewestPostgresOnlineStore(PostgreSQLOnlineStore, NewestOnlineStore):  # type: ignore[misc]
@@ -128,7 +132,7 @@ class NewestPostgresOnlineStore(PostgreSQLOnlineStore, NewestOnlineStore):  # ty
         """One connection, used by one thread at a time, and opened anew where the server has closed it."""
         with self._using:
             if self._conn is None or self._conn.closed:
-                self._conn = _get_conn(config.online_store)
+                self._conn = _connected(config.online_store)
             if self._conn.autocommit != autocommit:
                 self._conn.set_autocommit(autocommit)
             try:
@@ -137,6 +141,17 @@ class NewestPostgresOnlineStore(PostgreSQLOnlineStore, NewestOnlineStore):  # ty
                 if not self._conn.closed:
                     self._conn.rollback()
                 raise
+
+
+def _connected(settings: NewestPostgresOnlineStoreConfig) -> Connection[Any]:
+    """A connection; for serving, one that is refused at once where nobody listens, and whose statements have a time limit."""
+    if settings.read_timeout_ms is not None:
+        socket.create_connection((settings.host, settings.port), CONNECT_TIMEOUT_S).close()  # libpq waits 2 s at least
+    conn: Connection[Any] = _get_conn(settings)
+    if settings.read_timeout_ms is not None:
+        conn.execute(SQL("SET statement_timeout = {}").format(Text(settings.read_timeout_ms)))
+        conn.commit()
+    return conn
 
 
 def _table(config: RepoConfig, view: FeatureView) -> Identifier:

@@ -26,8 +26,11 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RepoConfig
 from google.protobuf.timestamp_pb2 import Timestamp
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from feature_repo.newest import (
+    CONNECT_TIMEOUT_S,
     KEY_VERSION,
     Answer,
     NewestOnlineStore,
@@ -50,6 +53,8 @@ class NewestRedisOnlineStoreConfig(RedisOnlineStoreConfig):  # type: ignore[misc
     """`online_store` in `feature_store.yaml`; `connection_string` as Feast has it: `host:port,db=1,password=…`."""
 
     type: Literal["feature_repo.redis_store.NewestRedisOnlineStore"] = "feature_repo.redis_store.NewestRedisOnlineStore"
+    read_timeout_ms: int | None = None
+    """For serving: how long one call may take. There is no second try, since whoever asks has a fallback."""
 
 
 class NewestRedisOnlineStore(RedisOnlineStore, NewestOnlineStore):  # type: ignore[misc]
@@ -158,6 +163,16 @@ class NewestRedisOnlineStore(RedisOnlineStore, NewestOnlineStore):  # type: igno
                 pipe.hdel(key, *fields)  # Redis removes a hash with its last field
             pipe.execute()
         return len(there)
+
+    _client: Any
+
+    def _get_client(self, online_store_config: NewestRedisOnlineStoreConfig) -> Any:
+        limit = online_store_config.read_timeout_ms
+        if self._client is None and limit is not None:
+            (address, *_), options = self._parse_connection_string(online_store_config.connection_string)
+            settings: dict[str, Any] = {**address, **options, "retry": Retry(NoBackoff(), 0)}
+            self._client = Redis(**settings, socket_timeout=limit / 1000, socket_connect_timeout=CONNECT_TIMEOUT_S)
+        return super()._get_client(online_store_config)
 
     def _redis(self, config: RepoConfig) -> Redis:
         client = self._get_client(config.online_store)

@@ -131,7 +131,13 @@ def features_materialize(
 ) -> None:
     """Copy the newest rows to the online store, and item columns to the snapshot."""
     moment = since.replace(tzinfo=UTC) if since else None
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_materialize(settings, moment)))
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service import recipes
+
+        return recipes.features_materialize(settings, moment, progress)
+
+    _run(context, as_json, work)
 
 
 @features.command("check")

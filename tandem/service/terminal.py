@@ -15,13 +15,15 @@ from typing import Any, Final, TextIO
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from tandem.service.outcome import Cell, Outcome, Table
 
 _PIPED_WIDTH: Final = 160
+_MANY: Final = 1000
 
 
 def print_outcome(outcome: Outcome, seconds: float, as_json: bool, out: TextIO) -> None:
@@ -92,9 +94,24 @@ def watched(err: TextIO) -> Iterator[Callable[[str, int, int], None]]:
     if not err.isatty():
         yield _Lines(err)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Bars(*columns, console=Console(file=err, markup=False), transient=True) as bars:
         yield _Bars(bars)
+
+
+class _Rate(ProgressColumn):
+    """How many a second, where there are many."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed and (task.total or 0) >= _MANY else "")
 
 
 class _Lines:

@@ -24,10 +24,14 @@ from retrieval.retriever import Retriever
 from tandem.core.errors import IncompatibleError, NotFoundError
 from tandem.core.folders import read_json
 from tandem.service.assemble import Assembler
+from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
 from tandem.service.learn import open_assembler
 from tandem.service.recommend import Parts, Recommender
 from tandem.service.settings import EncoderSettings, Settings
+
+USER_READ_MS = 30
+"""How long one read of an online server may take; there are as many as a user has feature views."""
 
 
 def open_recommender(settings: Settings, release: str | None = None) -> Recommender:
@@ -48,7 +52,7 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
             ranker=ranker,
             assembler=open_assembler(settings, retriever),
             snapshot=Snapshot.load(settings.workspace / "snapshot"),
-            users=UserReader(settings.workspace),
+            users=GuardedUsers(UserReader(settings.workspace, read_timeout_ms=USER_READ_MS)),
             seen=SeenInEvents(settings.data),
             encode=LazyEncoder(folder, settings),
             log=ServedLog(settings.workspace / "served"),

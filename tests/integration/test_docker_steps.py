@@ -217,7 +217,10 @@ def test_settings_take_the_environment(tmp_path: Path) -> None:
     assert settings.registry_url == given["TANDEM_REGISTRY__URL"]
     assert settings.mlflow_uri == given["TANDEM_REGISTRY__MLFLOW_URI"]
     assert settings.service.keys == ("secret",)
-    assert set(given) == {"TANDEM_HOME", "TANDEM_REGISTRY__URL", "TANDEM_REGISTRY__MLFLOW_URI", "TANDEM_SERVICE__KEYS"}
+    assert settings.online.section(tmp_path)["connection_string"] == "redis:6379,db=0"
+    assert set(given) == {
+        "TANDEM_HOME", "TANDEM_ONLINE__URL", "TANDEM_REGISTRY__URL", "TANDEM_REGISTRY__MLFLOW_URI", "TANDEM_SERVICE__KEYS",
+    }  # fmt: skip
 
 
 def test_what_the_reader_is_told_to_put_into_the_env_file_is_what_compose_asks_for() -> None:

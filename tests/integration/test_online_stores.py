@@ -1,22 +1,14 @@
-"""One contract for our three online stores, on real servers: SQLite, Redis and PostgreSQL through Feast.
-
-Servers: TANDEM_TEST_REDIS and TANDEM_TEST_POSTGRES, else the local defaults; without one its tests are skipped.
-"""
+"""One contract for our three online stores, on real servers: SQLite, Redis and PostgreSQL through Feast."""
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import polars as pl
-import psycopg
 import pytest
-import redis
 from feast import FeatureStore
 from feast.infra.online_stores.postgres_online_store.postgres import PostgreSQLOnlineStore
 from feast.infra.online_stores.redis import RedisOnlineStore
@@ -31,8 +23,6 @@ from feature_repo.online_config import OnlineConfig
 from feature_repo.views import TIMESTAMP, ViewSchema, write_views
 from tandem.core.schema import TIME
 
-REDIS = os.environ.get("TANDEM_TEST_REDIS", "redis://127.0.0.1:6379")
-POSTGRES = os.environ.get("TANDEM_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test").replace("+psycopg", "")
 START = datetime(2026, 1, 1, 12, 0, 0, 250_001, tzinfo=UTC)
 STOCK = {"sqlite": SqliteOnlineStore, "redis": RedisOnlineStore, "postgres": PostgreSQLOnlineStore}
 
@@ -42,52 +32,9 @@ def at(days: float) -> datetime:
 
 
 @pytest.fixture(params=["sqlite", "redis", "postgres"])
-def online(request: pytest.FixtureRequest) -> Iterator[OnlineConfig]:
+def online(request: pytest.FixtureRequest) -> OnlineConfig:
     """An empty online store of its own."""
-    with {"sqlite": SqliteFile, "redis": RedisDatabase, "postgres": PostgresSchema}[request.param]() as url:
-        yield OnlineConfig(url)
-
-
-class SqliteFile:
-    def __enter__(self) -> str:
-        return ""
-
-    def __exit__(self, *_: object) -> None:
-        """The file lies in the workspace."""
-
-
-class RedisDatabase:
-    """The highest numbered empty database of the server; emptied afterwards."""
-
-    def __enter__(self) -> str:
-        base = REDIS.rsplit("/", 1)[0] if urlsplit(REDIS).path else REDIS
-        try:
-            clients = [redis.Redis.from_url(f"{base}/{number}", socket_connect_timeout=1) for number in range(15, 0, -1)]
-            self.client = next(client for client in clients if not client.dbsize())
-        except redis.RedisError as error:
-            pytest.skip(f"no Redis answers ({error}); name one in TANDEM_TEST_REDIS")
-        except StopIteration:
-            pytest.skip("every numbered database of the Redis server is in use")
-        return f"{base}/{self.client.connection_pool.connection_kwargs['db']}"
-
-    def __exit__(self, *_: object) -> None:
-        self.client.flushdb()
-
-
-class PostgresSchema:
-    """A schema of its own; dropped afterwards."""
-
-    def __enter__(self) -> str:
-        self.schema = f"tandem_test_{uuid.uuid4().hex[:12]}"
-        try:
-            psycopg.connect(POSTGRES, connect_timeout=2).close()
-        except psycopg.OperationalError as error:
-            pytest.skip(f"no PostgreSQL answers ({error}); name one in TANDEM_TEST_POSTGRES")
-        return f"{POSTGRES}?schema={self.schema}"
-
-    def __exit__(self, *_: object) -> None:
-        with psycopg.connect(POSTGRES, autocommit=True) as conn:
-            conn.execute(f"DROP SCHEMA IF EXISTS {self.schema} CASCADE")
+    return OnlineConfig("" if request.param == "sqlite" else request.getfixturevalue(f"{request.param}_url"))
 
 
 def stats(rows: list[tuple[str, datetime, int | None, float | None]]) -> pl.DataFrame:

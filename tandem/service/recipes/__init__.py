@@ -68,7 +68,7 @@ def run_all(settings: Settings, progress: Progress = quiet) -> Outcome:
     steps: tuple[tuple[str, Callable[[], Outcome]], ...] = (
         ("build", lambda: features_build(settings)),
         ("apply", lambda: features_apply(settings)),
-        ("materialize", lambda: features_materialize(settings)),
+        ("materialize", lambda: features_materialize(settings, None, progress)),
         ("train towers", lambda: train(settings, "towers", progress)),
         ("train ranker", lambda: train(settings, "ranker", progress)),
         ("evaluate", lambda: evaluate(settings, progress)),

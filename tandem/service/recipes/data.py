@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.core.errors import GateRefusedError
 from tandem.core.folders import whole_folder
 from tandem.service.outcome import Outcome, Table
-from tandem.service.recipes.workspace import writing
+from tandem.service.recipes.workspace import Progress, quiet, writing
 from tandem.service.settings import Settings, write_default
 
 if TYPE_CHECKING:
@@ -102,12 +102,12 @@ def features_apply(settings: Settings) -> Outcome:
     return Outcome(f"{len(views)} feature views applied", {"views": list(views)}, table, "tandem features materialize")
 
 
-def features_materialize(settings: Settings, since: datetime | None = None) -> Outcome:
+def features_materialize(settings: Settings, since: datetime | None = None, progress: Progress = quiet) -> Outcome:
     """Copy the newest rows to the online store and write the item snapshot."""
     from feature_repo.materialize import materialize
     from tandem.service.clock import make_clock
 
-    counts = materialize(settings.workspace, until=make_clock(settings)(), since=since)
+    counts = materialize(settings.workspace, until=make_clock(settings)(), since=since, progress=progress)
     rows = tuple((name, each.written, each.late, each.quarantined) for name, each in counts.views.items())
     data = {
         "views": {name: vars(each) for name, each in counts.views.items()},

@@ -1,0 +1,31 @@
+"""A reader that fails at once for a while after it failed: a store that is down must not cost every request its time limit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from tandem.core.errors import UnavailableError
+from tandem.service.recommend import UserRows
+
+PAUSE_S: Final = 2.0
+
+
+class GuardedUsers:
+    """User rows behind a breaker. It opens at a failure for `pause_s`; the first request afterwards tries again."""
+
+    def __init__(self, users: UserRows, pause_s: float = PAUSE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._users, self._pause_s, self._clock = users, pause_s, clock
+        self._open_until = 0.0
+
+    def row(self, user_id: str) -> Mapping[str, Any]:
+        """One user's features; raises UnavailableError while the breaker is open, and whatever the reader raises."""
+        now = self._clock()
+        if now < self._open_until:
+            raise UnavailableError(f"user features failed less than {self._pause_s} s ago; they are asked again after that")
+        try:
+            return self._users.row(user_id)
+        except Exception:
+            self._open_until = self._clock() + self._pause_s
+            raise
