@@ -32,7 +32,7 @@ Progress = Callable[[str, int], None]
 """Told the view's name and how many more entities are stored."""
 
 _ROWS_PER_WRITE: Final = 50_000
-_ROWS_PER_RANGE: Final = 1_000_000
+_ROWS_PER_RANGE: Final = 250_000
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 
 

@@ -50,7 +50,7 @@ class Written:
 class NewestRows:
     """N entities in the order of their keys: `keys` (Binary), `times` (Int64, UTC µs), and by feature `values` (Binary).
 
-    A null value leaves what is stored. `texts` (String) are for SQL stores. `ahead` rows lay too far in the future.
+    A null value leaves what is stored. `texts` (String), of some features, are for SQL. `ahead` rows lay too far ahead.
     """
 
     keys: pl.Series
@@ -104,7 +104,7 @@ def rows_of_frame(view: FeatureView, frame: pl.DataFrame, now: datetime) -> Newe
         keys[order],
         newest[column].dt.timestamp("us"),
         {each.name: binary_series(value_column(newest[each.name], each.dtype)) for each in view.features},
-        {each.name: _texts(newest[each.name]) for each in view.features},
+        _texts(view, newest),
         frame.height - in_time.height,
     )
 
@@ -171,12 +171,9 @@ def binary_series(array: Any) -> pl.Series:
     return found if isinstance(found, pl.Series) else found.to_series()
 
 
-def _texts(values: pl.Series) -> pl.Series:
-    """What Feast's SQL stores keep beside a value for people: the text of scalars, nothing of lists."""
-    if isinstance(values.dtype, pl.List):
-        return pl.Series([None], dtype=pl.String).new_from_index(0, len(values))
-    plain = values.fill_nan(None) if values.dtype.is_float() else values
-    return plain.cast(pl.String)
+def _texts(view: FeatureView, frame: pl.DataFrame) -> dict[str, pl.Series]:
+    """What Feast's SQL stores keep beside a text for searching; numbers, whose text nobody searches, have none here."""
+    return {each.name: frame[each.name] for each in view.features if frame.schema[each.name] == pl.String}
 
 
 def _bytes(value: Value | None) -> bytes | None:

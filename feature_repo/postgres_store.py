@@ -23,7 +23,7 @@ from feast.infra.utils.postgres.connection_utils import _get_conn
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.repo_config import RepoConfig
 from psycopg import Connection, Cursor
-from psycopg.sql import SQL, Composable, Composed, Identifier
+from psycopg.sql import SQL, Composed, Identifier
 from psycopg.sql import Literal as Text
 
 from feature_repo.newest import (
@@ -116,7 +116,7 @@ class NewestPostgresOnlineStore(PostgreSQLOnlineStore, NewestOnlineStore):  # ty
             cursor.execute(SQL("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE").format(table))  # one writer; readers go on
             _bring(cursor, rows)
             late = cursor.execute(_DROP_LATE.format(table)).rowcount
-            cursor.execute(_upsert(table, list(rows.values)))
+            cursor.execute(_upsert(table, rows))
             _check_stored(cursor, table, view.name, len(rows) - late)
         return Written(written=len(rows) - late, late=late, ahead=rows.ahead)
 
@@ -162,18 +162,21 @@ def _table(config: RepoConfig, view: FeatureView) -> Identifier:
 
 
 def _bring(cursor: Cursor[Any], rows: NewestRows) -> None:
-    """Copy the rows into the temporary table `incoming`: key, time, then value and text of each feature."""
-    cells = [column for name in rows.values for column in (rows.values[name], rows.texts[name])]
-    places = range(len(rows.values))
-    columns = SQL(", ").join(
-        SQL("{} {}").format(Identifier(f"{kind}{at}"), SQL(dtype)) for at in places for kind, dtype in _CELL_TYPES
-    )
-    cursor.execute(SQL("CREATE TEMP TABLE incoming (entity_key bytea, event_ts timestamptz, {}) ON COMMIT DROP").format(columns))
+    """Copy the rows into the temporary table `incoming`: key, time, each feature's value, and the texts there are."""
+    cells = [(_column("value", name), "bytea", column) for name, column in rows.values.items()]
+    cells += [(_column("text", name), "text", column) for name, column in rows.texts.items()]
+    columns = SQL(", ").join(SQL("{} {}").format(name, SQL(dtype)) for name, dtype, _ in cells)
+    create = SQL("CREATE TEMP TABLE incoming (entity_key bytea, event_ts timestamptz, {}) ON COMMIT DROP")
+    cursor.execute(create.format(columns))
     times = rows.times.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     with cursor.copy("COPY incoming FROM STDIN (FORMAT BINARY)") as copy:
-        copy.set_types(["bytea", "timestamptz", *(dtype for _ in places for _, dtype in _CELL_TYPES)])
-        for row in zip(rows.keys, times, *cells, strict=True):
+        copy.set_types(["bytea", "timestamptz", *(dtype for _, dtype, _ in cells)])
+        for row in zip(rows.keys, times, *(column for *_, column in cells), strict=True):
             copy.write_row(row)
+
+
+def _column(kind: str, feature: str) -> Identifier:
+    return Identifier(f"{kind} {feature}")
 
 
 _SELECT = SQL(
@@ -181,20 +184,17 @@ _SELECT = SQL(
     "WHERE entity_key = ANY(%(keys)s) AND (%(wanted)s::text[] IS NULL OR feature_name = ANY(%(wanted)s))"
 )
 
-_CELL_TYPES = (("value", "bytea"), ("text", "text"))
-
 _DROP_LATE = SQL(
     "DELETE FROM incoming WHERE EXISTS (SELECT 1 FROM {} AS stored "
     "WHERE stored.entity_key = incoming.entity_key AND stored.event_ts > incoming.event_ts)"
 )
 
 
-def _upsert(table: Identifier, features: Sequence[str]) -> Composed:
+def _upsert(table: Identifier, rows: NewestRows) -> Composed:
     """One statement for all features; what did not change is not written."""
-    cells: Composable = SQL(", ").join(
-        SQL("({}, {}, {})").format(Text(name), Identifier(f"value{at}"), Identifier(f"text{at}"))
-        for at, name in enumerate(features)
-    )
+    cell, nothing = SQL("({}, {}, {}::text)"), SQL("NULL")
+    texts = {name: _column("text", name) if name in rows.texts else nothing for name in rows.values}
+    cells = SQL(", ").join(cell.format(Text(name), _column("value", name), text) for name, text in texts.items())
     return SQL(
         "INSERT INTO {table} AS stored (entity_key, feature_name, value, value_text, event_ts) "
         "SELECT entity_key, cell.name, cell.value, cell.text, event_ts "

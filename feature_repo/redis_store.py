@@ -1,19 +1,18 @@
 """Feast's Redis online store, with our two rules, whole columns at once, and event times to the microsecond.
 
 In: rows from Feast's own commands (`online_write_batch`) and columns from our engine (`write_newest`). Out: hashes in the stock
-layout (https://docs.feast.dev/reference/online-stores/redis), which stock readers of any language understand. Commands are put
-together in Arrow and sent as one stream of bytes. The times that are there are read first; between that and the write no other
-writer may come, which our own commands see to (`state/materialize.lock`).
+layout (https://docs.feast.dev/reference/online-stores/redis), which stock readers of any language understand. A script there
+compares times and stores, some hundred entities at once, so that no other writer can come between; its commands are put together
+in Arrow. Redis Cluster is not for it: one script would touch keys of several nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,11 +41,13 @@ from feature_repo.newest import (
     rows_of_frame,
     rows_of_messages,
 )
+from feature_repo.value_bytes import content_of, joined, timestamp_column
 from tandem.core.errors import IncompatibleError, IntegrityError
 
-_PER_BURST = 2_000
-"""Commands sent before their replies are read: few enough that neither side's buffer fills up."""
-_PER_SCAN = 1_000
+_PER_SCRIPT: Final = 200
+"""Entities that one script stores: Redis does nothing else meanwhile, some 2 ms."""
+_UNDER_WAY: Final = 4
+_PER_SCAN: Final = 1_000
 
 
 class NewestRedisOnlineStoreConfig(RedisOnlineStoreConfig):  # type: ignore[misc]
@@ -69,7 +70,7 @@ class NewestRedisOnlineStore(RedisOnlineStore, NewestOnlineStore):  # type: igno
             progress(len(data))
 
     def write_newest(self, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
-        """As `NewestOnlineStore` has it; what was sent before an error stays, and is the same after the next run."""
+        """As `NewestOnlineStore` has it; what was stored before an error stays, and is the same after the next run."""
         return self._store(config, view, rows_of_frame(view, frame, now))
 
     def online_read(
@@ -105,38 +106,38 @@ class NewestRedisOnlineStore(RedisOnlineStore, NewestOnlineStore):  # type: igno
         return len(times), moment_of(max(times)) if times else None
 
     def _store(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
-        suffix = config.project.encode()
-        keys = [key + suffix for key in rows.keys]
-        stored = pl.Series(self._times(config, view, keys), dtype=pl.Int64)
-        fresh = (rows.times >= stored).fill_null(True)
-        kept = rows.take(fresh)
-        for part in _of_one_shape(kept):
-            self._send(config, _hset_commands(_view_name(config, view), suffix, part, config.online_store.key_ttl_seconds))
-        self._check_stored(config, view, [key for key, new in zip(keys, fresh, strict=True) if new], kept.times.to_list())
-        return Written(written=len(kept), late=len(rows) - len(kept), ahead=rows.ahead)
-
-    def _check_stored(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes], times: Sequence[int]) -> None:
-        lost = sum(found != wanted for found, wanted in zip(self._times(config, view, keys), times, strict=True))
-        if lost:
-            raise IntegrityError(f"Redis, view {view.name}: {lost} of {len(keys)} entities were not stored; run it again")
+        name, suffix, ttl = _view_name(config, view), config.project.encode(), config.online_store.key_ttl_seconds
+        sha = self._redis(config).script_load(_NEWEST_WINS)
+        commands = (command for part in _of_one_shape(rows) for command in _scripts(sha, name, suffix, part, ttl))
+        done = Written(ahead=rows.ahead)
+        for stored, late in self._send(config, commands):
+            done += Written(written=stored, late=late)
+        if done.written + done.late != len(rows):
+            raise IntegrityError(f"Redis, view {view.name}: {len(rows)} entities were sent and {done} counted; run it again")
+        return done
 
     def _times(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> list[int | None]:
         """Event time in µs of each Redis key, None where the view does not hold it."""
-        if not keys:
-            return []
         field = _time_field(_view_name(config, view))
-        commands = _commands([b"HGET", pa.array(keys, pa.large_binary()), field])
-        return [None if raw is None else _time_of(cast(bytes, raw)) for raw in self._send(config, commands)]
+        with self._redis(config).pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hget(key, field)
+            return [None if raw is None else _time_of(raw) for raw in pipe.execute()]
 
-    def _send(self, config: RepoConfig, commands: pa.LargeBinaryArray) -> list[Any]:
-        """The replies to commands in Redis's own encoding, in order; raises the server's errors."""
-        if not len(commands):
-            return []
-        client = self._redis(config)
-        pool = client.connection_pool
+    def _send(self, config: RepoConfig, commands: Iterable[bytes]) -> Iterator[Any]:
+        """The replies to commands in Redis's own encoding, in order; a few are always under way. Raises the server's errors."""
+        pool = self._redis(config).connection_pool
         connection = pool.get_connection()
+        waiting = 0
         try:
-            return [reply for burst in _bursts(commands) for reply in _talk(connection, *burst)]
+            for command in commands:
+                connection.send_packed_command([command])  # type: ignore[no-untyped-call]
+                waiting += 1
+                if waiting == _UNDER_WAY:
+                    yield connection.read_response()
+                    waiting -= 1
+            for _ in range(waiting):
+                yield connection.read_response()
         except BaseException:
             connection.disconnect()  # type: ignore[no-untyped-call]  # replies that were not read would answer the next question
             raise
@@ -204,11 +205,6 @@ def _time_of(raw: bytes) -> int:
     return int(stamp.seconds) * 1_000_000 + int(stamp.nanos) // 1000
 
 
-def _time_bytes(when: int) -> bytes:
-    raw: bytes = Timestamp(seconds=when // 1_000_000, nanos=when % 1_000_000 * 1000).SerializeToString()
-    return raw
-
-
 def _of_one_shape(rows: NewestRows) -> Iterator[NewestRows]:
     """The rows in parts whose entities have the same features, so that no part holds nulls."""
     has = pl.DataFrame({name: column.is_not_null() for name, column in rows.values.items()})
@@ -219,61 +215,72 @@ def _of_one_shape(rows: NewestRows) -> Iterator[NewestRows]:
 
 # --- Redis's wire encoding (https://redis.io/docs/latest/develop/reference/protocol-spec), a column at a time -----------------
 
+_NEWEST_WINS: Final = """
+local function microseconds(stamp)
+  local part, at = {[8] = 0, [16] = 0}, 1
+  while at <= #stamp do
+    local tag, number, scale, byte = string.byte(stamp, at), 0, 1, nil
+    repeat
+      at = at + 1
+      byte = string.byte(stamp, at)
+      number, scale = number + byte % 128 * scale, scale * 128
+    until byte < 128
+    at = at + 1
+    part[tag] = number
+  end
+  return part[8] * 1000000 + math.floor(part[16] / 1000)
+end
 
-def _hset_commands(view_name: str, suffix: bytes, rows: NewestRows, ttl_seconds: int | None) -> pa.LargeBinaryArray:
-    """One HSET per entity, with an EXPIRE behind it where entities expire."""
-    keys = pc.binary_join_element_wise(_arrow(rows.keys), _scalar(suffix), _scalar(b""))
-    words: list[bytes | pa.LargeBinaryArray] = [b"HSET", keys]
-    for name, column in rows.values.items():
-        words += [_mmh3(f"{view_name}:{name}"), _arrow(column)]
-    times, places = np.unique(rows.times.to_numpy(), return_inverse=True)
-    stamps = pa.array([_time_bytes(int(when)) for when in times], pa.large_binary())
-    words += [_time_field(view_name), stamps.take(pa.array(places))]
-    commands = _commands(words)
-    if ttl_seconds is None or not len(rows):
-        return commands
-    expiries = _commands([b"EXPIRE", keys, str(ttl_seconds).encode()])
-    both = pa.chunked_array([commands, expiries]).combine_chunks()
-    order = np.arange(2 * len(rows)).reshape(2, -1).T.reshape(-1)
-    return both.take(pa.array(order))
-
-
-def _commands(words: Sequence[bytes | pa.LargeBinaryArray]) -> pa.LargeBinaryArray:
-    """Commands of the same words, some of them columns without nulls."""
-    parts: list[Any] = []
-    for word in words:
-        parts += _bulk(word)
-    return pc.binary_join_element_wise(_scalar(b"*%d\r\n" % len(words)), *parts, _scalar(b""))
-
-
-def _bulk(word: bytes | pa.LargeBinaryArray) -> list[Any]:
-    """`$length\\r\\nword\\r\\n`."""
-    if isinstance(word, bytes):
-        return [_scalar(b"$%d\r\n%s\r\n" % (len(word), word))]
-    lengths = pc.binary_length(word).cast(pa.string()).cast(pa.large_binary())
-    return [_scalar(b"$"), lengths, _scalar(b"\r\n"), word, _scalar(b"\r\n")]
-
-
-def _bursts(commands: pa.LargeBinaryArray) -> Iterator[tuple[memoryview, int]]:
-    """The commands' bytes as they lie in memory, some thousand commands at a time, with their number."""
-    offsets = np.frombuffer(commands.buffers()[1], np.int64)[commands.offset : commands.offset + len(commands) + 1]
-    content = memoryview(commands.buffers()[2])
-    for start in range(0, len(commands), _PER_BURST):
-        end = min(start + _PER_BURST, len(commands))
-        yield content[offsets[start] : offsets[end]], end - start
+local ttl, time_field, fields = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local late, at = 0, 3 + fields
+for _, key in ipairs(KEYS) do
+  local stored = redis.call('HGET', key, time_field)
+  if stored and microseconds(stored) > tonumber(ARGV[at + 1]) then
+    late = late + 1
+  else
+    local cells = {time_field, ARGV[at + 2]}
+    for field = 1, fields do
+      cells[2 * field + 1], cells[2 * field + 2] = ARGV[3 + field], ARGV[at + 2 + field]
+    end
+    redis.call('HSET', key, unpack(cells))
+    if ttl > 0 then redis.call('EXPIRE', key, ttl) end
+  end
+  at = at + 2 + fields
+end
+return {#KEYS - late, late}
+"""
+"""Keys; seconds to live (0: for ever), the time's field, number of features and their fields; then per key its time in µs, the
+time as it is stored, and a value per feature. Gives how many were stored and how many were late."""
 
 
-def _talk(connection: Any, burst: memoryview, replies: int) -> list[Any]:
-    connection.send_packed_command([burst])
-    return [connection.read_response(disable_decoding=True) for _ in range(replies)]
+def _scripts(sha: str, view_name: str, suffix: bytes, rows: NewestRows, ttl_seconds: int | None) -> Iterator[bytes]:
+    """EVALSHA commands that store the rows, some hundred entities each."""
+    fields = [_mmh3(f"{view_name}:{name}") for name in rows.values]
+    borders, keys = content_of(_bulk(joined(_arrow(rows.keys), suffix)))
+    times = rows.times.to_numpy()
+    words = [_bulk(_arrow(rows.times.cast(pl.String).cast(pl.Binary))), _bulk(timestamp_column(times))]
+    edges, cells = content_of(joined(*words, *(_bulk(_arrow(column)) for column in rows.values.values())))
+    shared = b"".join(map(_word, [b"%d" % (ttl_seconds or 0), _time_field(view_name), b"%d" % len(fields), *fields]))
+    for start in range(0, len(rows), _PER_SCRIPT):
+        end = min(start + _PER_SCRIPT, len(rows))
+        count = end - start
+        head = b"*%d\r\n" % (3 + count + 3 + len(fields) + count * (2 + len(fields)))
+        head += _word(b"EVALSHA") + _word(sha.encode()) + _word(b"%d" % count)
+        yield b"".join((head, keys[borders[start] : borders[end]], shared, cells[edges[start] : edges[end]]))
+
+
+def _word(word: bytes) -> bytes:
+    return b"$%d\r\n%s\r\n" % (len(word), word)
+
+
+def _bulk(words: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """`$length\\r\\nword\\r\\n`, row by row."""
+    lengths = pc.binary_length(words).cast(pa.string()).cast(pa.large_binary())
+    return joined(b"$", lengths, b"\r\n", words, b"\r\n")
 
 
 def _arrow(column: pl.Series) -> pa.LargeBinaryArray:
     return column.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_binary())
-
-
-def _scalar(word: bytes) -> pa.LargeBinaryScalar:
-    return pa.scalar(word, pa.large_binary())
 
 
 def _escaped(pattern: bytes) -> bytes:

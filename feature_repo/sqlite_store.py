@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ from tandem.core.errors import IntegrityError
 
 _KEYS_PER_QUERY = 500
 _SECOND = 1_000_000
+_HOUR = 3600 * _SECOND
 _TIME = f"COALESCE(event_us, event_ts * {_SECOND})"
 
 
@@ -126,7 +127,7 @@ class NewestSqliteOnlineStore(SqliteOnlineStore, NewestOnlineStore):  # type: ig
             _ensure_column(conn, table_of(config, view))
             _bring(conn, rows)
             late = conn.execute(_DROP_LATE.format(table=table)).rowcount
-            conn.execute(_upsert(table, list(rows.values)))
+            conn.execute(_upsert(table, rows))
             _check_stored(conn, table, len(rows) - late)
             conn.execute("DROP TABLE temp.incoming")
         return Written(written=len(rows) - late, late=late, ahead=rows.ahead)
@@ -142,6 +143,7 @@ class NewestSqliteOnlineStore(SqliteOnlineStore, NewestOnlineStore):  # type: ig
             conn.execute("PRAGMA busy_timeout = 10000")
             conn.execute("PRAGMA journal_mode = WAL")  # readers go on while a materialisation writes
             conn.execute("PRAGMA synchronous = NORMAL")
+            conn.execute("PRAGMA wal_autocheckpoint = 20000")  # 80 MiB: a page that is written often is moved once
             conn.execute("PRAGMA temp_store = MEMORY")
             conn.execute("PRAGMA cache_size = -65536")  # 64 MiB
             return conn
@@ -186,11 +188,17 @@ def table_of(config: RepoConfig, view: FeatureView) -> str:
 
 
 def _bring(conn: sqlite3.Connection, rows: NewestRows) -> None:
-    """Put the rows into the temporary table `incoming`: key, µs, seconds, then value and text of each feature."""
-    cells = [column for name in rows.values for column in (rows.values[name], rows.texts[name])]
-    seconds = [_stock_seconds(when) for when in rows.times]
-    columns = [rows.keys.to_list(), rows.times.to_list(), seconds, *(cell.to_list() for cell in cells)]
-    names = ["entity_key", "us", "seconds", *(f"{kind}{at}" for at in range(len(rows.values)) for kind in ("value", "text"))]
+    """Put the rows into the temporary table `incoming`: key, µs, seconds, each feature's value, and the texts there are."""
+    places = {name: at for at, name in enumerate(rows.values)}
+    names = [
+        "entity_key",
+        "us",
+        "seconds",
+        *(f"value{at}" for at in places.values()),
+        *(f"text{places[name]}" for name in rows.texts),
+    ]
+    cells = [column.to_list() for column in (*rows.values.values(), *rows.texts.values())]
+    columns = [rows.keys.to_list(), rows.times.to_list(), _stock_seconds(rows.times).to_list(), *cells]
     conn.execute("DROP TABLE IF EXISTS temp.incoming")
     conn.execute(f"CREATE TEMP TABLE incoming ({', '.join(names)})")
     conn.executemany(f"INSERT INTO temp.incoming VALUES ({_marks(names)})", zip(*columns, strict=True))
@@ -202,14 +210,15 @@ _DROP_LATE = (
 )
 
 
-def _upsert(table: str, features: Sequence[str]) -> str:
+def _upsert(table: str, rows: NewestRows) -> str:
     """One statement for all features; rows come in the order of the primary key, in which SQLite writes fastest."""
-    names = ", ".join(f"({at}, {_text_literal(name)})" for at, name in sorted(enumerate(features), key=lambda each: each[1]))
-    value = _case("value", len(features))
+    places = {name: at for at, name in enumerate(rows.values)}
+    names = ", ".join(f"({at}, {_text_literal(name)})" for name, at in sorted(places.items()))
+    value, text = _case("value", places.values()), _case("text", [places[name] for name in rows.texts])
     return (
         f"WITH feature(at, name) AS (VALUES {names}) "
         f"INSERT INTO {table} (entity_key, feature_name, value, value_text, event_ts, event_us) "
-        f"SELECT entity_key, name, {value}, {_case('text', len(features))}, seconds, us "
+        f"SELECT entity_key, name, {value}, {text}, seconds, us "
         f"FROM temp.incoming CROSS JOIN feature WHERE {value} IS NOT NULL "
         "ON CONFLICT (entity_key, feature_name) DO UPDATE SET value = excluded.value, value_text = excluded.value_text, "
         "event_ts = excluded.event_ts, event_us = excluded.event_us "
@@ -217,8 +226,8 @@ def _upsert(table: str, features: Sequence[str]) -> str:
     )
 
 
-def _case(kind: str, count: int) -> str:
-    return "CASE at " + " ".join(f"WHEN {at} THEN {kind}{at}" for at in range(count)) + " END"
+def _case(kind: str, places: Iterable[int]) -> str:
+    return f"CASE at {' '.join(f'WHEN {at} THEN {kind}{at}' for at in places)} END" if places else "NULL"
 
 
 def _check_stored(conn: sqlite3.Connection, table: str, wanted: int) -> None:
@@ -258,6 +267,9 @@ def _text_literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _stock_seconds(when: int) -> int:
+def _stock_seconds(times: pl.Series) -> pl.Series:
     """Whole seconds as the stock store writes them: a UTC time taken for a local one, so that stock readers undo it."""
-    return int(moment_of(when).replace(tzinfo=None).timestamp())
+    hours = times // _HOUR
+    known = hours.unique()
+    shift = [int(moment_of(hour * _HOUR).replace(tzinfo=None).timestamp()) - hour * 3600 for hour in known]
+    return times // _SECOND + hours.replace_strict(known, pl.Series(shift, dtype=pl.Int64))

@@ -24,6 +24,7 @@ from tandem.core.errors import InputError
 _DOUBLE, _INT, _TEXT = b"\x29", b"\x20", b"\x12"
 _TEXTS, _INTS, _DOUBLES = b"\x62", b"\x72", b"\x7a"
 _ELEMENT: Final = b"\x0a"
+_SECONDS, _NANOS = b"\x08", b"\x10"
 _NOTHING: Final = b""
 
 
@@ -51,7 +52,19 @@ def key_column(join_key: str, ids: pl.Series) -> pa.LargeBinaryArray:
     name = join_key.encode()
     head = struct.pack(f"<III{len(name)}sI", 1, Kind.STRING, len(name), name, Kind.STRING)
     raw = _as_binary(ids.cast(pl.String))
-    return _joined(head, _fixed(_lengths(raw).astype("<u4").view(np.uint8).reshape(-1, 4)), raw)
+    return joined(head, _fixed(lengths_of(raw).astype("<u4").view(np.uint8).reshape(-1, 4)), raw)
+
+
+def timestamp_column(times: NDArray[np.int64]) -> pa.LargeBinaryArray:
+    """(N,) serialized protobuf Timestamps of UTC microseconds; a part that is zero is left out."""
+    seconds, rest = np.divmod(times, 1_000_000)
+    return joined(_present(_SECONDS, seconds), _present(_NANOS, rest * 1000))
+
+
+def content_of(values: pa.LargeBinaryArray) -> tuple[NDArray[np.int64], memoryview]:
+    """The values as they lie in memory, one behind the other: borders (N + 1,) and bytes."""
+    offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+    return offsets, memoryview(values.buffers()[2] or b"")
 
 
 def _name(kind: FeastType) -> str:
@@ -69,17 +82,17 @@ def _doubles(values: pl.Series) -> pa.LargeBinaryArray:
 
 
 def _ints(values: pl.Series) -> pa.LargeBinaryArray:
-    return _joined(_INT, _varints(values.to_numpy()))
+    return joined(_INT, _varints(values.to_numpy()))
 
 
 def _texts(values: pl.Series) -> pa.LargeBinaryArray:
     raw = _as_binary(values)
-    return _joined(_TEXT, _varints(_lengths(raw)), raw)
+    return joined(_TEXT, _varints(lengths_of(raw)), raw)
 
 
 def _text_lists(values: pl.Series) -> pa.LargeBinaryArray:
     raw = _as_binary(_elements(values).fill_null(""))
-    return _message(_TEXTS, _regrouped(_joined(_ELEMENT, _varints(_lengths(raw)), raw), values))
+    return _message(_TEXTS, _regrouped(joined(_ELEMENT, _varints(lengths_of(raw)), raw), values))
 
 
 def _int_lists(values: pl.Series) -> pa.LargeBinaryArray:
@@ -109,7 +122,12 @@ _ENCODERS: Final[dict[str, tuple[pl.DataType, Callable[[pl.Series], pa.LargeBina
 
 def _message(tag: bytes, bodies: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
     """Each body under a field of its own: tag, length, body."""
-    return _joined(tag, _varints(_lengths(bodies)), bodies)
+    return joined(tag, _varints(lengths_of(bodies)), bodies)
+
+
+def _present(tag: bytes, numbers: NDArray[np.int64]) -> pa.LargeBinaryArray:
+    """A number under its field; zero, the default, is left out."""
+    return pc.if_else(pa.array(numbers == 0), pa.scalar(_NOTHING, pa.large_binary()), joined(tag, _varints(numbers)))
 
 
 def _packed(bodies: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
@@ -133,7 +151,8 @@ def _varints(values: NDArray[Any]) -> pa.LargeBinaryArray:
     return _binary(np.concatenate([[0], np.cumsum(lengths)]), groups[steps < lengths[:, None]])
 
 
-def _joined(*parts: bytes | pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+def joined(*parts: bytes | pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """(N,) the parts one behind the other; plain bytes stand in every row."""
     scalars = [pa.scalar(part, pa.large_binary()) if isinstance(part, bytes) else part for part in parts]
     return pc.binary_join_element_wise(*scalars, pa.scalar(_NOTHING, pa.large_binary()))
 
@@ -153,7 +172,8 @@ def _as_binary(values: pl.Series) -> pa.LargeBinaryArray:
     return cast(pa.LargeBinaryArray, array.cast(pa.large_binary()))
 
 
-def _lengths(values: pa.LargeBinaryArray) -> NDArray[np.int64]:
+def lengths_of(values: pa.LargeBinaryArray) -> NDArray[np.int64]:
+    """(N,) bytes of each value."""
     return np.asarray(pc.binary_length(values), np.int64)
 
 
@@ -164,6 +184,6 @@ def _elements(values: pl.Series) -> pl.Series:
 def _regrouped(elements: pa.LargeBinaryArray, lists: pl.Series) -> pa.LargeBinaryArray:
     """Encoded elements, list by list: they lie one behind the other, so only the borders change."""
     ends = np.concatenate([[0], lists.list.len().to_numpy().astype(np.int64).cumsum()])
-    borders = np.concatenate([[0], _lengths(elements).cumsum()])
+    borders = np.concatenate([[0], lengths_of(elements).cumsum()])
     content = np.frombuffer(elements.buffers()[2] or b"", np.uint8) if len(elements) else np.zeros(0, np.uint8)
     return _binary(borders[ends], content)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.type_map import python_values_to_proto_values
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int32, Int64, String
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_repo.newest import entity_key
-from feature_repo.value_bytes import key_column, value_column
+from feature_repo.value_bytes import key_column, timestamp_column, value_column
 from tandem.core.errors import InputError
 
 INTS = st.integers(-(2**63), 2**63 - 1)
@@ -73,6 +75,12 @@ def test_null_inside_a_list_is_an_empty_text_and_refused_among_whole_numbers() -
     assert texts.equals(value_column(pl.Series([["a", ""]]), Array(String)))
     with pytest.raises(InputError, match="'history_times' holds null inside a list of whole numbers"):
         value_column(pl.Series("history_times", [[1, None]]), Array(Int64))
+
+
+@given(st.lists(st.integers(0, 2**52), max_size=20))
+def test_times_are_protobuf_timestamps(times: list[int]) -> None:
+    expected = [Timestamp(seconds=each // 10**6, nanos=each % 10**6 * 1000).SerializeToString() for each in times]
+    assert timestamp_column(np.array(times, np.int64)).to_pylist() == expected
 
 
 @given(st.lists(st.text(min_size=1, max_size=80), max_size=20))
