@@ -14,10 +14,8 @@ task is its positives per history event, or per impression when the source logs 
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -29,6 +27,7 @@ from numpy.typing import NDArray
 
 from feature_repo.views import ENTITIES, TIMESTAMP, ViewSchema, write_views
 from tandem.core.errors import InputError
+from tandem.core.folders import whole_folder
 from tandem.core.schema import ITEMS, TIME, USERS, Source, Task
 
 VIEW_VERSION: Final = 1
@@ -73,13 +72,14 @@ def build_tables(
     stand in two views.
     """
     config = config or AggregateConfig()
-    marked = _marked(events, source)
+    marked = _marked(events.lazy(), source)
     history = _history_events(marked)
+    totals = _totals_of(marked, source)
     tables = {
-        "user_stats": _stats(marked, "user", source, config),
+        "user_stats": _stats(marked, "user", source, config, totals),
         "user_history": _user_history(history, config.history_length),
         "user_categories": _user_categories(history, items, config.top_categories),
-        "item_stats": _stats(marked, "item", source, config),
+        "item_stats": _stats(marked, "item", source, config, totals),
         "item_attributes": _item_attributes(items),
     }
     attributes = _attributes(users, USERS)
@@ -89,42 +89,71 @@ def build_tables(
     return tables
 
 
+def rows_since(
+    events: pl.LazyFrame, items: pl.DataFrame, source: Source, config: AggregateConfig, touched: pl.DataFrame
+) -> dict[str, pl.DataFrame]:
+    """The rows that new events change, by view name: of each touched user and item, those at or after its oldest new event.
+
+    `events` is all events, the new ones among them; `touched` the new ones [user_id, item_id, timestamp]. The rows equal those of
+    `build_tables` over all events, but cost the time of the touched histories and of one pass over the counts.
+    """
+    totals = _totals_in(events, source)
+    found: dict[str, pl.DataFrame] = {}
+    for entity, key in ENTITIES.items():
+        since = touched.group_by(key).agg(pl.col("timestamp").min().alias("since"))
+        marked = _marked(events.filter(pl.col(key).is_in(since[key].implode())), source)
+        tables = {f"{entity}_stats": _stats(marked, entity, source, config, totals, since)}
+        if entity == "user":
+            history = _history_events(marked)
+            tables["user_history"] = _from(_user_history(history, config.history_length), key, since)
+            tables["user_categories"] = _from(_user_categories(history, items, config.top_categories), key, since)
+        found |= tables
+    return found
+
+
 def write_tables(tables: Mapping[str, pl.DataFrame], features_folder: Path) -> tuple[ViewSchema, ...]:
-    """Write `<view>.parquet` for each table, each whole or not at all, then `schema.json`; returns the views."""
+    """Write a folder `<view>/` for each table, each whole or not at all, then `schema.json`; returns the views.
+
+    Rows that are pushed later become further parts of the folder.
+    """
     features_folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        _write_parquet(table, features_folder / f"{name}.parquet")
-    views = tuple(ViewSchema.of_table(name, _ENTITY_OF_VIEW[name], table, version=VIEW_VERSION) for name, table in tables.items())
+        with whole_folder(features_folder / name) as folder:
+            table.write_parquet(folder / "part-0.parquet", compression="zstd", compression_level=1)
+    views = tuple(_view(name, table) for name, table in tables.items())
     write_views(features_folder, views)
     return views
+
+
+def _view(name: str, table: pl.DataFrame) -> ViewSchema:
+    described = ViewSchema.of_table(name, _ENTITY_OF_VIEW[name], table, version=VIEW_VERSION)
+    return replace(described, path=f"features/{name}")
 
 
 # --- which events count for what ---------------------------------------------------------------------------------------
 
 
-def _marked(events: pl.DataFrame, source: Source) -> pl.DataFrame:
-    """Events that any feature looks at, in (timestamp, event_id) order, with 0/1 columns for what they are.
+def _marked(events: pl.LazyFrame, source: Source) -> pl.DataFrame:
+    """Events that any feature looks at, in (timestamp, event_id) order, with 0/1 columns for what they are."""
+    return _marks(events, source).sort(TIMESTAMP, "event_id").collect()
 
-    A NaN value is a missing one: Polars tells them apart, features must not.
-    """
+
+def _marks(events: pl.LazyFrame, source: Source) -> pl.LazyFrame:
+    """A NaN value is a missing one: Polars tells them apart, features must not."""
     impression = pl.lit(False) if source.impression is None else pl.col("action") == source.impression
     value = pl.col("value").cast(pl.Float64).fill_nan(None)
-    frame = (
-        events.lazy()
-        .with_columns(value)
-        .select(
-            "event_id",
-            "user_id",
-            "item_id",
-            pl.col("timestamp").alias(TIMESTAMP),
-            "value",
-            source.is_history().cast(pl.Int64).alias("history"),
-            impression.cast(pl.Int64).alias("impressions"),
-            *(task.matches().cast(pl.Int64).alias(_task_column(task)) for task in source.tasks),
-        )
+    frame = events.with_columns(value).select(
+        "event_id",
+        "user_id",
+        "item_id",
+        pl.col("timestamp").alias(TIMESTAMP),
+        "value",
+        source.is_history().cast(pl.Int64).alias("history"),
+        impression.cast(pl.Int64).alias("impressions"),
+        *(task.matches().cast(pl.Int64).alias(_task_column(task)) for task in source.tasks),
     )
     marks = ["history", "impressions", *(_task_column(task) for task in source.tasks)]
-    return frame.filter(pl.any_horizontal(pl.col(marks) > 0)).sort(TIMESTAMP, "event_id").collect()
+    return frame.filter(pl.any_horizontal(pl.col(marks) > 0))
 
 
 def _history_events(marked: pl.DataFrame) -> pl.DataFrame:
@@ -145,18 +174,36 @@ def _follows_impression(task: Task, source: Source) -> bool:
 # --- counts, windows and rates -----------------------------------------------------------------------------------------
 
 
-def _stats(marked: pl.DataFrame, entity: str, source: Source, config: AggregateConfig) -> pl.DataFrame:
-    """The `user_stats` or `item_stats` table."""
+Totals = Callable[[pl.Series], pl.DataFrame]
+"""Instants -> totals over everybody up to and including each of them, as `all_*` columns, sorted by instant."""
+
+
+def _stats(
+    marked: pl.DataFrame,
+    entity: str,
+    source: Source,
+    config: AggregateConfig,
+    totals_at: Totals,
+    since: pl.DataFrame | None = None,
+) -> pl.DataFrame:
+    """The `user_stats` or `item_stats` table; with `since` [key, since] only the rows at or after that time."""
     key = ENTITIES[entity]
     names = marked[key].unique().sort()
     sums = _sums(_numbered(marked, key, names), key, source)
     totals = _running_totals(sums, key, source)
     rows = _rows_with_midnights(sums, key, config)
     rows = rows.join_asof(totals, on=TIMESTAMP, by=key, strategy="backward", check_sortedness=False)
-    rows = _with_windows(rows, totals, key, config.windows).sort(TIMESTAMP)
-    rows = rows.join_asof(_global_totals(sums, source), on=TIMESTAMP, strategy="backward", check_sortedness=False)
-    table = rows.sort(key, TIMESTAMP).select(key, TIMESTAMP, *_stat_columns(entity, source, config))
-    return table.with_columns(names.gather(table[key]).alias(key))
+    rows = _with_windows(rows, totals, key, config.windows)
+    rows = rows.with_columns(names.gather(rows[key]).alias(key))
+    if since is not None:
+        rows = _from(rows, key, since)
+    rows = rows.sort(TIMESTAMP)
+    rows = rows.join_asof(totals_at(rows[TIMESTAMP]), on=TIMESTAMP, strategy="backward", check_sortedness=False)
+    return rows.sort(key, TIMESTAMP).select(key, TIMESTAMP, *_stat_columns(entity, source, config))
+
+
+def _from(rows: pl.DataFrame, key: str, since: pl.DataFrame) -> pl.DataFrame:
+    return rows.join(since, on=key, maintain_order="left").filter(pl.col(TIMESTAMP) >= pl.col("since")).drop("since")
 
 
 def _numbered(frame: pl.DataFrame, key: str, names: pl.Series) -> pl.DataFrame:
@@ -195,11 +242,27 @@ def _running_totals(sums: pl.DataFrame, key: str, source: Source) -> pl.DataFram
     )
 
 
-def _global_totals(sums: pl.DataFrame, source: Source) -> pl.DataFrame:
-    """Totals over everybody up to and including each instant, as `all_*` columns."""
+def _totals_of(marked: pl.DataFrame, source: Source) -> Totals:
+    """Totals at every instant with an event; whatever is asked finds the one at or before it."""
     counted = pl.col(_counted(source))
-    per_instant = sums.lazy().group_by(TIMESTAMP).agg(counted.sum()).sort(TIMESTAMP)
-    return per_instant.select(TIMESTAMP, counted.cum_sum().name.prefix("all_")).collect()
+    per_instant = marked.lazy().group_by(TIMESTAMP).agg(counted.sum()).sort(TIMESTAMP)
+    totals = per_instant.select(TIMESTAMP, counted.cum_sum().name.prefix("all_")).collect()
+    return lambda instants: totals
+
+
+def _totals_in(events: pl.LazyFrame, source: Source) -> Totals:
+    """Totals at a few instants, in one pass over all events."""
+    counted = pl.col(_counted(source))
+
+    def totals(instants: pl.Series) -> pl.DataFrame:
+        asked = instants.unique().sort()
+        place = pl.col(TIMESTAMP).map_batches(lambda times: asked.search_sorted(times, side="left").cast(pl.Int64), pl.Int64)
+        counts = _marks(events, source).select(place.alias("place"), counted).group_by("place").agg(counted.sum())
+        rows = pl.LazyFrame({TIMESTAMP: asked}).with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
+        filled = rows.join(counts, on="place", how="left").sort("place").with_columns(counted.fill_null(0))
+        return filled.select(TIMESTAMP, counted.cum_sum().name.prefix("all_")).collect()
+
+    return totals
 
 
 def _rows_with_midnights(sums: pl.DataFrame, key: str, config: AggregateConfig) -> pl.DataFrame:
@@ -447,15 +510,3 @@ def _check_names(tables: Mapping[str, pl.DataFrame]) -> None:
             if name in owner:
                 raise InputError(f"feature {name!r} stands in both {owner[name]} and {view}; rename the attribute column")
             owner[name] = view
-
-
-def _write_parquet(table: pl.DataFrame, path: Path) -> None:
-    """Replace a Parquet file atomically."""
-    beside = path.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        table.write_parquet(beside, compression="zstd", compression_level=1)
-        with beside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

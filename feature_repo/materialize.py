@@ -103,19 +103,25 @@ def push(workspace: Path, view: str, frame: pl.DataFrame) -> ViewCounts:
     Late rows stay out of the online store, future ones go to the quarantine. Rows pushed offline last until the next build
     of the features. Raises InputError when columns are missing, unknown or of another type.
     """
+    schema = view_named(read_views(workspace / "features"), view)
+    rows = _conform(frame, schema)
+    with held(workspace / LOCK, f"features push {view}"):
+        return push_rows(open_store(workspace), workspace, schema, rows, datetime.now(UTC))
+
+
+def push_rows(store: FeatureStore, workspace: Path, schema: ViewSchema, rows: pl.DataFrame, now: datetime) -> ViewCounts:
+    """`push` of rows that have the view's columns, for a caller who holds the lock and has the store open."""
     from feature_repo.engine import write_newest
 
-    schema, now = view_named(read_views(workspace / "features"), view), datetime.now(UTC)
-    in_time, ahead = _split_future(_conform(frame, schema), now)
-    with held(workspace / LOCK, f"features push {view}"):
-        store = open_store(workspace)
-        check_applied(store, [schema])
+    check_applied(store, [schema])
+    in_time, ahead = _split_future(rows, now)
+    if ahead.height:
         _keep(ahead, workspace, schema, f"pushed-{uuid.uuid4().hex}")
-        feature_view = store.get_feature_view(view)
-        if in_time.is_empty():
-            return ViewCounts(0, 0, ahead.height)
-        store.provider.ingest_df_to_offline_store(feature_view, in_time.to_arrow(compat_level=pl.CompatLevel.oldest()))
-        done = write_newest(store.provider.online_store, store.config, feature_view, in_time, now)
+    if in_time.is_empty():
+        return ViewCounts(0, 0, ahead.height)
+    feature_view = store.get_feature_view(schema.name)
+    store.provider.ingest_df_to_offline_store(feature_view, in_time.to_arrow(compat_level=pl.CompatLevel.oldest()))
+    done = write_newest(store.provider.online_store, store.config, feature_view, in_time, now)
     return ViewCounts(done.written, done.late, ahead.height)
 
 

@@ -1,8 +1,8 @@
-"""The snapshot: a columnar copy of the newest item features, read by memory map. No Feast here.
+"""The snapshot: a copy of the newest numeric item features, one row per item, read by memory map. No Feast here.
 
-In: the item views' offline tables and a moment. Out: `snapshot/<version>/` with one `.npy` per numeric feature (float64, NaN =
-missing), `items.parquet` (row order) and `manifest.json`; `snapshot/CURRENT` names the version that readers take. Versions
-are immutable; writing one never disturbs those who read another.
+In: the item views' offline tables and a moment. Out: `snapshot/<version>/` with `features.npy` (float64, NaN = missing; an item's
+features lie side by side, since ranking reads some hundred items whole), `items.parquet` (row order) and `manifest.json`;
+`snapshot/CURRENT` names the version that readers take. Versions are immutable; writing one never disturbs those who read another.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from tandem.core.folders import MANIFEST, content_hash, hash_files, read_json, v
 
 CURRENT: Final = "CURRENT"
 _IDS: Final = "items.parquet"
+_FEATURES: Final = "features.npy"
 _KEPT: Final = 3
 _LARGEST_EXACT: Final = 2**53
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Newest numeric item features of one moment, by column. Rows are items in the order of `item_ids`."""
+    """Newest numeric item features of one moment: rows in the order of `item_ids`, columns in that of `names`."""
 
     folder: Path
     version: str
@@ -49,6 +50,8 @@ class Snapshot:
         if not (folder / MANIFEST).is_file():
             raise NotFoundError(f"no snapshot {folder.name!r} in {snapshot_folder}; run `tandem features materialize`")
         manifest = read_json(folder / MANIFEST)
+        if _FEATURES not in manifest["files"]:
+            raise NotFoundError(f"snapshot {folder.name} is of an older layout; run `tandem features materialize`")
         verify_files(folder, manifest["files"])
         ids = pl.read_parquet(folder / _IDS)["item_id"]
         return cls(folder, folder.name, datetime.fromisoformat(manifest["as_of"]), tuple(manifest["names"]), ids)
@@ -62,8 +65,20 @@ class Snapshot:
         """One feature, `(len(item_ids),) float64`, memory-mapped; NaN where it is missing. Raises NotFoundError."""
         if name not in self.names:
             raise NotFoundError(f"snapshot {self.version} has no column {name!r}; it has {list(self.names)}")
-        column: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return column
+        return self._table[:, self.names.index(name)]
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """All features of some rows, `(len(rows), len(names)) float64`, in memory; a row of -1 is all NaN."""
+        if not len(self.item_ids):
+            return np.full((len(rows), len(self.names)), np.nan)
+        found = self._table[rows]
+        found[rows < 0] = np.nan
+        return np.asarray(found)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        table: np.ndarray = np.load(self.folder / _FEATURES, mmap_mode="r", allow_pickle=False)
+        return table
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -81,7 +96,7 @@ def write_snapshot(features_folder: Path, snapshot_folder: Path, as_of: datetime
     version = f"{as_of.astimezone(UTC):%Y%m%dT%H%M%S%fZ}-{_fingerprint(table, views)}"
     if not (snapshot_folder / version / MANIFEST).is_file():
         with whole_folder(snapshot_folder / version) as folder:
-            _write_columns(folder, table, names)
+            _write_table(folder, table, names)
             manifest = {"as_of": as_of.isoformat(), "names": names, "views": {view.name: view.version for view in views}}
             write_json(folder / MANIFEST, manifest | {"files": hash_files(folder)})
     write_text(snapshot_folder / CURRENT, version)
@@ -115,15 +130,13 @@ def _check_names(views: Sequence[ViewSchema]) -> None:
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise InputError(f"two item views have features of one name: {double}; rename one")
-    odd = [name for name in names if "/" in name or name.startswith(".")]
-    if odd:
-        raise InputError(f"item features {odd} cannot be file names; rename them")
 
 
-def _write_columns(folder: Path, table: pl.DataFrame, names: Sequence[str]) -> None:
+def _write_table(folder: Path, table: pl.DataFrame, names: Sequence[str]) -> None:
     table.select("item_id").write_parquet(folder / _IDS)
-    for name in names:
-        np.save(folder / f"{name}.npy", _as_float(table[name]), allow_pickle=False)
+    columns = [_as_float(table[name]) for name in names]
+    whole = np.stack(columns, axis=1) if names else np.empty((table.height, 0))
+    np.save(folder / _FEATURES, np.ascontiguousarray(whole), allow_pickle=False)
 
 
 def _as_float(column: pl.Series) -> np.ndarray:

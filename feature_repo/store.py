@@ -1,15 +1,18 @@
 """The workspace's data folder: clean tables in, the same tables out.
 
-In: `Raw`. Out: events.parquet, items.parquet, users.parquet, rejected.parquet and source.json in the folder. Import appends by
-`event_id`, items and users are replaced by newer ones, and `events.parquet` is written last: a crash leaves the import to be
-run again, never half of it in use.
+In: `Raw`, and single events as they come. Out: events.parquet, items.parquet, users.parquet, rejected.parquet and source.json in
+the folder. Import appends by `event_id`, items and users are replaced by newer ones, and `events.parquet` is written last: a
+crash leaves the import to be run again, never half of it in use. Single events are parts in `new/` until the next import or build
+of features; whoever reads events reads them, too.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -27,6 +30,10 @@ USERS_FILE: Final = "users.parquet"
 REJECTED_FILE: Final = "rejected.parquet"
 SOURCE_FILE: Final = "source.json"
 TRUTH_FOLDER: Final = "truth"
+NEW_FOLDER: Final = "new"
+LOCK_FILE: Final = "import.lock"
+_PENDING: Final = ".pending.parquet"
+_WAIT_S: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def save_raw(raw: Raw, data_folder: Path, replace: bool) -> ImportCounts:
     Raises InputError when the folder holds another kind of data and `replace` is false, BusyError while another import runs.
     """
     data_folder.mkdir(parents=True, exist_ok=True)
-    with held(data_folder / "import.lock", "import"):
+    with held(data_folder / LOCK_FILE, "import"):
         sweep_partials(data_folder)
         if replace:
             _clear(data_folder)
@@ -62,8 +69,62 @@ def save_raw(raw: Raw, data_folder: Path, replace: bool) -> ImportCounts:
 
 
 def load_events(data_folder: Path) -> pl.DataFrame:
-    """Events sorted by (timestamp, event_id)."""
-    return _load(data_folder, EVENTS_FILE)
+    """Events sorted by (timestamp, event_id), with those that came since the last import."""
+    events = _load(data_folder, EVENTS_FILE)
+    parts = _parts(data_folder)
+    return _appended(events, _read_parts(parts))[0] if parts else events
+
+
+def scan_events(data_folder: Path) -> pl.LazyFrame:
+    """All events, lazily and in no order; for questions about a few of them."""
+    if not (data_folder / EVENTS_FILE).is_file():
+        raise _nothing_here(data_folder)
+    files = [data_folder / EVENTS_FILE, *_parts(data_folder)]
+    return pl.concat([pl.scan_parquet(path) for path in files], how="diagonal_relaxed")
+
+
+def append_events(data_folder: Path, events: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
+    """Keep single events, each `event_id` once, and refused rows; returns those that are new. They are on disk when it returns.
+
+    Raises BusyError when an import holds the folder for long.
+    """
+    with held(data_folder / LOCK_FILE, "new events", _WAIT_S):
+        if rejected.height:
+            old = _old(data_folder, REJECTED_FILE, REJECTED)
+            write_parquet(pl.concat([old, rejected]).unique(maintain_order=True), data_folder / REJECTED_FILE)
+        asked = events.unique("event_id", keep="first", maintain_order=True)
+        known = scan_events(data_folder).select("event_id").filter(pl.col("event_id").is_in(asked["event_id"].implode()))
+        fresh = asked.join(known.collect(), on="event_id", how="anti", maintain_order="left")
+        if fresh.height:
+            folder = data_folder / NEW_FOLDER
+            folder.mkdir(exist_ok=True)
+            write_parquet(fresh, folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}{_PENDING}")
+        return fresh
+
+
+def pending_parts(data_folder: Path) -> list[Path]:
+    """Parts of new events whose features are not updated yet, oldest first."""
+    return [part for part in _parts(data_folder) if part.name.endswith(_PENDING)]
+
+
+def mark_applied(part: Path) -> None:
+    """Say that the features know the events of a part."""
+    part.rename(part.with_name(part.name.removesuffix(_PENDING) + ".parquet"))
+
+
+def compact(data_folder: Path) -> int:
+    """Put new events into `events.parquet`; returns how many there were. For whoever builds features from all events next."""
+    with held(data_folder / LOCK_FILE, "compaction", _WAIT_S):
+        parts = _parts(data_folder)
+        if not parts:
+            return 0
+        events, appended = _appended(_load(data_folder, EVENTS_FILE), _read_parts(parts))
+        users = load_users(data_folder)
+        strangers = events.select("user_id").unique().join(users, on="user_id", how="anti")
+        write_parquet(_upserted(users, strangers, "user_id"), data_folder / USERS_FILE)
+        write_parquet(events, data_folder / EVENTS_FILE)
+        _drop(parts)
+        return appended
 
 
 def load_items(data_folder: Path) -> pl.DataFrame:
@@ -100,7 +161,9 @@ def write_parquet(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _write_all(raw: Raw, folder: Path) -> ImportCounts:
-    events, appended = _appended(_old(folder, EVENTS_FILE, EVENTS), raw.events)
+    parts = _parts(folder) if (folder / EVENTS_FILE).is_file() else []
+    old = _appended(_old(folder, EVENTS_FILE, EVENTS), _read_parts(parts))[0] if parts else _old(folder, EVENTS_FILE, EVENTS)
+    events, appended = _appended(old, raw.events)
     items = _upserted(_old(folder, ITEMS_FILE, ITEMS), raw.items, "item_id")
     users = _upserted(_old(folder, USERS_FILE, USERS), raw.users, "user_id")
     old_rejected = _old(folder, REJECTED_FILE, REJECTED)
@@ -111,6 +174,7 @@ def _write_all(raw: Raw, folder: Path) -> ImportCounts:
     raw.source.write(partial)
     partial.replace(folder / SOURCE_FILE)
     write_parquet(events, folder / EVENTS_FILE)
+    _drop(parts)
     refused = raw.rejected.filter(pl.col("table") == "events").height
     read = raw.events.height + refused
     sizes = {"events": events.height, "items": items.height, "users": users.height}
@@ -143,11 +207,25 @@ def _old(folder: Path, name: str, schema: dict[str, pl.DataType]) -> pl.DataFram
     return pl.read_parquet(folder / name) if is_whole else pl.DataFrame(schema=schema)
 
 
+def _parts(folder: Path) -> list[Path]:
+    return sorted((folder / NEW_FOLDER).glob("*.parquet"))
+
+
+def _read_parts(parts: Sequence[Path]) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(part) for part in parts], how="diagonal_relaxed")
+
+
+def _drop(parts: Sequence[Path]) -> None:
+    for part in parts:
+        part.unlink(missing_ok=True)
+
+
 def _clear(folder: Path) -> None:
     """Forget everything, events first: what is left without them counts as nothing."""
     for name in (EVENTS_FILE, ITEMS_FILE, USERS_FILE, REJECTED_FILE, SOURCE_FILE):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / TRUTH_FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / NEW_FOLDER, ignore_errors=True)
 
 
 def _check_kind(source: Source, folder: Path) -> None:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from tandem.core.errors import BusyError, IntegrityError
 
@@ -98,19 +98,32 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(lock: Path, who: str) -> Iterator[None]:
-    """Hold an advisory lock for a block, or raise BusyError saying who holds it since when. The lock dies with its process."""
+def held(lock: Path, who: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold an advisory lock for a block. The lock dies with its process.
+
+    Raises BusyError, saying who holds it since when, if it does not get the lock within `wait_s` seconds.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(handle, time.monotonic() + wait_s):
             handle.seek(0)
-            raise BusyError(f"{lock.stem} is busy, held by {handle.read().strip() or 'another run'}; wait for it") from None
+            raise BusyError(f"{lock.stem} is busy, held by {handle.read().strip() or 'another run'}; wait for it")
         handle.truncate(0)
         handle.write(f"{who} (process {os.getpid()}) since {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}")
         handle.flush()
         yield
+
+
+def _locked(handle: IO[str], until: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
 
 
 def sweep_partials(folder: Path) -> int:

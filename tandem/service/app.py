@@ -20,25 +20,33 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final, Literal
 
+import polars as pl
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from feature_repo.live import OPTIONAL, EventGate
 from tandem.core.errors import InputError
+from tandem.core.schema import EVENTS
 from tandem.service.problems import BAD_HOST, BAD_KEY, INVALID, NO_KEY, STARTING, Guard, Refused, install, log_line, request_id_of
 from tandem.service.recommend import Recommender, Slate
 from tandem.service.schemas import (
+    EventsAnswer,
+    EventsBody,
     FieldProblem,
     HealthAnswer,
     Id,
     ProblemAnswer,
     RecommendBody,
+    RefusedEvent,
     ReleaseAnswer,
     ReleasesAnswer,
     SimilarBody,
@@ -100,6 +108,11 @@ class Service:
         if self._recommender is None:
             raise Refused(STARTING)
         return self._recommender
+
+    @cached_property
+    def gate(self) -> EventGate:
+        """Where events come in; opened with the first one."""
+        return EventGate(self.settings.workspace, self.settings.features)
 
     @property
     def release(self) -> str | None:
@@ -173,6 +186,7 @@ def key_given(service: Here, bearer: Bearer, header: Header) -> None:
         raise Refused(BAD_KEY)
 
 
+_EVENT: Final = {name: EVENTS[name] for name in ("user_id", "item_id", "action", "timestamp", *OPTIONAL) if name != "propensity"}
 _PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ProblemAnswer} for status in (401, 403, 404, 413, 422, 503)
 }
@@ -216,6 +230,17 @@ def similar(body: SimilarBody, service: Here) -> SlateAnswer:
     slate = service.recommender.similar(body.item_id, service.checked(body.k))
     service.metrics.slate(slate)
     return SlateAnswer.of(slate)
+
+
+@routes.post("/events")
+def events(body: EventsBody, service: Here) -> EventsAnswer:
+    """Take what users did: it is kept, and their next slate knows it."""
+    now = datetime.now(UTC)
+    rows = [each.model_dump() | {"timestamp": each.timestamp or now} for each in body.events]
+    done = service.gate.push(pl.DataFrame(rows, schema=_EVENT, orient="row"), now)
+    refused = tuple(RefusedEvent(index=row, reason=reason) for row, reason in done.refused.iter_rows())
+    counts = {name: getattr(done, name) for name in ("received", "appended", "duplicates", "users", "items", "pending")}
+    return EventsAnswer(refused=refused, **counts)
 
 
 @routes.get("/why")

@@ -140,6 +140,16 @@ def features_materialize(
     _run(context, as_json, work)
 
 
+@features.command("push")
+def features_push(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(help="CSV, Parquet or JSON lines: user_id, item_id, action, timestamp, …")],
+    as_json: Json = False,
+) -> None:
+    """Take single events: kept, and in the features of their users and items at once. Each event_id counts once."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_push(settings, path)))
+
+
 @features.command("check")
 def features_check(context: typer.Context, as_json: Json = False) -> None:
     """Leakage, parity of the online store, freshness."""

@@ -18,7 +18,6 @@ import polars as pl
 from numpy.typing import NDArray
 
 from feature_repo.served import ServedLog
-from feature_repo.snapshot import Snapshot
 from ranking.explain import Evidence, reason
 from ranking.rerank import by_score, explore, mmr
 from ranking.train import Ranker, probabilities
@@ -38,6 +37,15 @@ class UserRows(Protocol):
     """Reads one user's features by name; every value None for an unknown user."""
 
     def row(self, user_id: str) -> Mapping[str, Any]: ...
+
+
+class ItemFeatures(Protocol):
+    """Numeric features of the release's items, by row of the release; columns in the order of `names`."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def gather(self, items: NDArray[np.int64]) -> NDArray[np.float64]: ...
 
 
 class Encode(Protocol):
@@ -116,7 +124,7 @@ class Parts:
     retriever: Retriever
     ranker: Ranker
     assembler: Assembler
-    snapshot: Snapshot | None
+    items: ItemFeatures | None
     users: UserRows | None
     seen: SeenItems | None
     encode: Encode | None
@@ -162,7 +170,6 @@ class Recommender:
         self.release = parts.release
         self._titles = parts.retriever.items["title"].to_list()
         self._categories = parts.retriever.items["categories"].to_list()
-        self._snapshot_rows = None if parts.snapshot is None else parts.snapshot.rows_of(parts.retriever.item_ids)
         self._popularity = _percentiles(parts.retriever.counts)
         self._rng = np.random.default_rng()
 
@@ -305,11 +312,10 @@ class Recommender:
         return features, names
 
     def _item_columns(self, items: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        snapshot, rows = self._parts.snapshot, self._snapshot_rows
-        if snapshot is None or rows is None:
+        known = self._parts.items
+        if known is None:
             return dict.fromkeys(self._parts.assembler.item_names, np.full(len(items), np.nan))
-        at = rows[items]
-        return {name: np.where(at >= 0, snapshot.column(name)[np.maximum(at, 0)], np.nan) for name in snapshot.names}
+        return dict(zip(known.names, known.gather(items).T, strict=True))
 
     def _predict(
         self, found: Candidates, tower: NDArray[np.float32], features: NDArray[np.float32], names: tuple[str, ...], clock: _Clock

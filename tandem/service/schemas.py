@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, StrictInt
 from pydantic_core import PydanticCustomError
 
 from tandem.core.schema import MAX_ID_BYTES, id_problem
@@ -86,6 +86,44 @@ class SimilarBody(Body):
 
     item_id: Id
     k: Count = 10
+
+
+class EventBody(Body):
+    """What a user did to an item. An `event_id` makes sending it twice harmless; without a `timestamp` it happened now."""
+
+    user_id: Id
+    item_id: Id
+    action: Short
+    value: FiniteFloat | None = None
+    timestamp: AwareDatetime | None = None
+    event_id: Id | None = None
+    request_id: Id | None = Field(default=None, description="the slate's, where the event answers one")
+    position: StrictInt | None = None
+
+
+class EventsBody(Body):
+    """Events as they happen, in any order."""
+
+    events: tuple[EventBody, ...] = Field(min_length=1, max_length=MAX_LIST)
+
+
+class RefusedEvent(BaseModel):
+    """Why one event of the request was not taken; `index` counts from 0."""
+
+    index: int
+    reason: str
+
+
+class EventsAnswer(BaseModel):
+    """What became of the events. `pending`: they are kept, and their features follow, since these are being rebuilt."""
+
+    received: int
+    appended: int
+    duplicates: int
+    refused: tuple[RefusedEvent, ...]
+    users: int
+    items: int
+    pending: bool
 
 
 class ItemAnswer(BaseModel):

@@ -11,9 +11,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from feature_repo.live_snapshot import LiveSnapshot
 from feature_repo.online import UserReader
 from feature_repo.served import ServedLog, view_versions
-from feature_repo.snapshot import Snapshot
 from feature_repo.store import load_events, load_source
 from feature_repo.views import read_views
 from ranking.train import Ranker
@@ -51,7 +51,7 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
             retriever=retriever,
             ranker=ranker,
             assembler=open_assembler(settings, retriever),
-            snapshot=Snapshot.load(settings.workspace / "snapshot"),
+            items=LiveSnapshot(settings.workspace / "snapshot", retriever.item_ids),
             users=GuardedUsers(UserReader(settings.workspace, read_timeout_ms=USER_READ_MS)),
             seen=SeenInEvents(settings.data),
             encode=LazyEncoder(folder, settings),

@@ -187,8 +187,8 @@ def read_all(home: Path) -> dict[str, Any]:
         store = open_store(home)
         rivals[name] = lambda store=store: store.get_online_features(features=refs, entity_rows=asked).to_dict()
     snapshot = Snapshot.load(home / "snapshot")
-    rows, columns = snapshot.rows_of(names(ids)), [snapshot.column(name) for name in snapshot.names]
-    rivals["snapshot"] = lambda: [column[rows] for column in columns]
+    rows = snapshot.rows_of(names(ids))
+    rivals["snapshot"] = lambda: snapshot.gather(rows)
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(6):
         for name, run in rivals.items():

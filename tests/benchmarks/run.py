@@ -78,10 +78,9 @@ def item_columns(settings: Settings) -> None:
         view.name: [field.name for field in view.features] for view in store.list_feature_views() if view.entities == ["item"]
     }
     refs = [f"{view}:{name}" for view, names in views.items() for name in names if name in snapshot.names]
-    columns = [snapshot.column(name) for name in snapshot.names]
 
     table(f"{len(ids)} items x {len(refs)} features, seconds", alternate({
-        "snapshot": lambda: [column[rows] for column in columns],
+        "snapshot": lambda: snapshot.gather(rows),
         "Feast SDK on SQLite": lambda: store.get_online_features(features=refs, entity_rows=ids).to_dict(),
     }))  # fmt: skip
 

@@ -18,6 +18,7 @@ from tandem.service.recipes.data import (
     features_build,
     features_check,
     features_materialize,
+    features_push,
     import_source,
     simulate,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "features_build",
     "features_check",
     "features_materialize",
+    "features_push",
     "import_source",
     "quiet",
     "release_create",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.core.errors import GateRefusedError
-from tandem.core.folders import whole_folder
+from tandem.core.folders import held, whole_folder
 from tandem.service.outcome import Outcome, Table
 from tandem.service.recipes.workspace import Progress, quiet, writing
 from tandem.service.settings import Settings, write_default
@@ -69,10 +69,12 @@ def _count(value: Any) -> int:
 def features_build(settings: Settings) -> Outcome:
     """Aggregate events into timestamped feature tables."""
     from feature_repo.aggregates import build_tables, write_tables
-    from feature_repo.store import load_events, load_items, load_source, load_users
+    from feature_repo.offline import LOCK
+    from feature_repo.store import compact, load_events, load_items, load_source, load_users
     from tandem.service.clock import make_clock
 
-    with writing(settings, "features build"):
+    with writing(settings, "features build"), held(settings.workspace / LOCK, "features build"):
+        compact(settings.data)
         tables = build_tables(
             load_events(settings.data),
             load_items(settings.data),
@@ -104,10 +106,12 @@ def features_apply(settings: Settings) -> Outcome:
 
 def features_materialize(settings: Settings, since: datetime | None = None, progress: Progress = quiet) -> Outcome:
     """Copy the newest rows to the online store and write the item snapshot."""
+    from feature_repo.live import EventGate
     from feature_repo.materialize import materialize
     from tandem.service.clock import make_clock
 
     counts = materialize(settings.workspace, until=make_clock(settings)(), since=since, progress=progress)
+    EventGate(settings.workspace, settings.features).apply_pending(datetime.now(UTC))
     rows = tuple((name, each.written, each.late, each.quarantined) for name, each in counts.views.items())
     data = {
         "views": {name: vars(each) for name, each in counts.views.items()},
@@ -116,6 +120,21 @@ def features_materialize(settings: Settings, since: datetime | None = None, prog
     }
     made = f"{counts.written:,} rows online, {counts.quarantined:,} quarantined, snapshot {counts.snapshot}"
     return Outcome(made, data, Table("Materialised", ("view", "written", "late", "quarantined"), rows), "tandem train")
+
+
+def features_push(settings: Settings, path: Path) -> Outcome:
+    """Take single events from a file: into the data, and into the features of their users and items."""
+    from feature_repo.live import EventGate
+    from feature_repo.sources.files import read_table
+
+    done = EventGate(settings.workspace, settings.features).push(read_table(path).drop("row"), datetime.now(UTC))
+    data = {name: getattr(done, name) for name in ("received", "appended", "duplicates", "users", "items", "pending")}
+    reasons = done.refused.group_by("reason").len().sort("reason").rows()
+    rows = (*data.items(), *((f"refused: {reason}", count) for reason, count in reasons))
+    made = f"{done.appended:,} new events, features of {done.users:,} users and {done.items:,} items updated"
+    if done.pending:
+        made = f"{done.appended:,} new events are kept; their features are updated by the next `tandem features materialize`"
+    return Outcome(made, data | {"refused": dict(reasons)}, Table("Events", ("what", "count"), rows), "tandem recommend USER")
 
 
 def features_check(settings: Settings) -> Outcome:

@@ -392,7 +392,7 @@ def test_tables_are_read_back_as_the_schema_describes_them(tmp_path: Path) -> No
 
 def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tables(tables_of([rating("x", 1)]), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
@@ -400,7 +400,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_tables(tables_of([rating("y", 2)]), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
 RETAIL = Source("retail", (Task("purchase", "purchase"), Task("return", "return")), "purchase", ("purchase",), False, "time")

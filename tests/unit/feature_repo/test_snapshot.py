@@ -75,6 +75,12 @@ def test_rows_are_found_by_id_and_unknown_ids_are_minus_one(workspace: Workspace
     assert workspace.load().rows_of([]).tolist() == []
 
 
+def test_rows_are_gathered_whole_and_unknown_items_are_missing(workspace: Workspace) -> None:
+    workspace.write(START + DAY)
+    gathered = workspace.load().gather(np.array([2, -1, 0]))
+    np.testing.assert_array_equal(gathered, [[np.nan, np.nan, 1.0], [np.nan] * 3, [2.0, 0.2, 9.5]])
+
+
 def test_a_feature_older_than_its_ttl_is_missing(workspace: Workspace) -> None:
     workspace.add("item_hot", {"item_id": ["a", "b"], TIMESTAMP: [START, START + 3 * DAY], "hot": [1, 1]}, ttl_days=2)
     workspace.write(START + 3 * DAY)
@@ -103,11 +109,11 @@ def test_equal_content_is_an_equal_version_whatever_the_order_of_rows(workspace:
 
 def test_a_damaged_file_is_refused(workspace: Workspace) -> None:
     version = workspace.write(START)
-    path = workspace.snapshots / version / "price.npy"
+    path = workspace.snapshots / version / "features.npy"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(IntegrityError, match=r"price\.npy"):
+    with pytest.raises(IntegrityError, match=r"features\.npy"):
         workspace.load()
 
 

@@ -1,0 +1,143 @@
+"""The current snapshot as a running service sees it: a newer version takes its place, and rows that were pushed lie over it.
+
+In: the snapshot folder, and the items of a release. Out: their features by row of the release. Rows pushed since a version was
+written are small Parquet parts in `snapshot/fresh/<version>/`, which every process reads.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from feature_repo.snapshot import CURRENT, Snapshot
+from tandem.core.errors import TandemError
+
+FRESH: Final = "fresh"
+LOOK_EVERY_S: Final = 0.5
+
+
+def write_fresh(snapshot_folder: Path, rows: pl.DataFrame) -> None:
+    """Lay rows [item_id, features...] over the current snapshot; without one there is nothing to lie over."""
+    current = snapshot_folder / CURRENT
+    if not current.is_file():
+        return
+    version = current.read_text(encoding="utf-8").strip()
+    folder = snapshot_folder / FRESH / version
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".partial-{uuid.uuid4().hex}"
+    rows.write_parquet(beside)
+    beside.replace(folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet")
+    for old in (snapshot_folder / FRESH).iterdir():
+        if old.name != version and not (snapshot_folder / old.name).is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _View:
+    """One version, and the parts that lie over it.
+
+    `rows` (N,): the snapshot's row of each item of the release. `items` (M,) ascending: those with pushed features; `values`
+    (M, F) belong to the snapshot's `columns` (F,).
+    """
+
+    snapshot: Snapshot
+    rows: NDArray[np.int64]
+    parts: tuple[str, ...]
+    items: NDArray[np.int64]
+    values: NDArray[np.float64]
+    columns: NDArray[np.int64]
+
+
+class LiveSnapshot:
+    """Item features for the items of one release; looks for a newer version and new parts at most every `every_s` seconds.
+
+    What is damaged or half there leaves the old view in use. Shared between threads: one looks, the others go on meanwhile.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        item_ids: Sequence[str],
+        every_s: float = LOOK_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises NotFoundError when there is no snapshot, IntegrityError when it is damaged."""
+        self._folder, self._item_ids, self._every_s, self._clock = (
+            folder,
+            pl.Series("item_id", item_ids, pl.String),
+            every_s,
+            clock,
+        )
+        self._looking = threading.Lock()
+        self._view = self._with_parts(self._opened())
+        self._next_look = clock() + every_s
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._view.snapshot.names
+
+    @property
+    def as_of(self) -> datetime:
+        """The moment that the version in use was written for."""
+        return self._view.snapshot.as_of
+
+    @property
+    def version(self) -> str:
+        return self._view.snapshot.version
+
+    def gather(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Features of items given by their row in the release: `(len(items), len(names)) float64`, NaN where missing."""
+        self._look()
+        view = self._view
+        found = view.snapshot.gather(view.rows[items])
+        if len(view.items):
+            place = np.minimum(np.searchsorted(view.items, items), len(view.items) - 1)
+            pushed = np.flatnonzero(view.items[place] == items)
+            found[pushed[:, None], view.columns] = view.values[place[pushed]]
+        return found
+
+    def _look(self) -> None:
+        if self._clock() < self._next_look or not self._looking.acquire(blocking=False):
+            return
+        try:
+            self._next_look = self._clock() + self._every_s
+            current = (self._folder / CURRENT).read_text(encoding="utf-8").strip()
+            view = self._view if current == self._view.snapshot.version else self._opened()
+            self._view = self._with_parts(view)
+        except (OSError, TandemError, pl.exceptions.PolarsError):
+            return
+        finally:
+            self._looking.release()
+
+    def _opened(self) -> _View:
+        snapshot = Snapshot.load(self._folder)
+        known = pl.DataFrame({"item_id": snapshot.item_ids}).with_row_index("row")
+        rows = self._item_ids.to_frame().join(known, on="item_id", how="left", maintain_order="left")["row"]
+        none = np.empty(0, np.int64)
+        return _View(snapshot, rows.cast(pl.Int64).fill_null(-1).to_numpy(), (), none, np.empty((0, 0)), none)
+
+    def _with_parts(self, view: _View) -> _View:
+        """The view with all parts that lie over its version; the newest row of an item counts."""
+        folder = self._folder / FRESH / view.snapshot.version
+        parts = tuple(sorted(path.name for path in folder.glob("[0-9]*.parquet")))
+        if parts == view.parts:
+            return view
+        rows = pl.concat([pl.read_parquet(folder / part) for part in parts], how="diagonal_relaxed")
+        newest = rows.unique("item_id", keep="last", maintain_order=True)
+        known = self._item_ids.to_frame().with_row_index("item")
+        placed = newest.join(known, on="item_id").sort("item")
+        names = [name for name in view.snapshot.names if name in rows.columns]
+        values = placed.select(pl.col(name).cast(pl.Float64).fill_null(float("nan")) for name in names).to_numpy()
+        columns = np.array([view.snapshot.names.index(name) for name in names], np.int64)
+        return replace(view, parts=parts, items=placed["item"].cast(pl.Int64).to_numpy(), values=values, columns=columns)
