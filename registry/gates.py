@@ -1,21 +1,22 @@
 """May the challenger replace the champion? Paired tests over the same users, and a verdict that says why.
 
 In: two frames with one row per test user (or request) and the same columns: `user_id`, metrics, and slices. Out: a `Verdict`:
-a table row and a sentence per gate. Every gate must pass, so several gates never make a false promotion likelier than one of them
-(an intersection-union test: Berger 1982). The same rows and seed give the same verdict, in whatever order the rows come.
+a table row and a sentence per gate; `policy.py` adds the guardrails. Every gate must pass, so several gates never make a false
+promotion likelier than one of them (an intersection-union test: Berger 1982). The same rows and seed give the same verdict, in
+whatever order the rows come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
 
+from registry.guardrails import GuardrailResult
 from tandem.core.errors import InputError
 
 Kind = Literal["non_inferiority", "superiority"]
@@ -76,25 +77,41 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all gates together say: `passed` only when every one did."""
+    """What all gates and guardrails together say: `passed` only when every one did."""
 
     passed: bool
     results: tuple[GateResult, ...]
     level: float
     resamples: int
     seed: int
+    guardrails: tuple[GuardrailResult, ...] = ()
+
+    def guarded(self, guardrails: tuple[GuardrailResult, ...]) -> Verdict:
+        """This verdict with the guardrails' results in it."""
+        return replace(self, passed=self.passed and all(each.passed for each in guardrails), guardrails=guardrails)
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        return tuple(result.sentence for result in self.results)
+        return tuple(sentence for sentence, _ in self._said())
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """The sentences of what did not pass."""
+        return tuple(sentence for sentence, passed in self._said() if not passed)
+
+    def _said(self) -> list[tuple[str, bool]]:
+        gates = [(result.sentence, result.passed) for result in self.results]
+        return gates + [(result.sentence, result.passed) for result in self.guardrails]
 
     def table(self) -> pl.DataFrame:
-        """One row per gate: metric, where, kind, margin, users, champion, challenger, difference, low, high, passed."""
-        return pl.DataFrame([_table_row(result) for result in self.results], schema=_TABLE)
+        """One row per gate and guardrail: what was asked, of how many users, both means, the interval, and whether it passed."""
+        rows = [_table_row(result) for result in self.results] + [_guardrail_row(result) for result in self.guardrails]
+        return pl.DataFrame(rows, schema=_TABLE)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the registry's tables and for JSON."""
-        return {**asdict(self), "sentences": list(self.sentences), "results": [asdict(result) for result in self.results]}
+        parts = {name: [asdict(result) for result in getattr(self, name)] for name in ("results", "guardrails")}
+        return {**asdict(self), **parts, "sentences": list(self.sentences), "refusals": list(self.refusals)}
 
 
 _TABLE: Final[dict[str, pl.DataType]] = {
@@ -242,6 +259,18 @@ def _table_row(result: GateResult) -> dict[str, Any]:
     }
 
 
+def _guardrail_row(result: GuardrailResult) -> dict[str, Any]:
+    old, new = result.champion, result.challenger
+    return {
+        "metric": result.figure,
+        "kind": "guardrail",
+        "champion": old,
+        "challenger": new,
+        "difference": None if old is None or new is None else new - old,
+        "passed": result.passed,
+    }
+
+
 def _bootstrap_means(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Means of `resamples` resamples of `values` (U,), drawn with replacement."""
     means = np.empty(resamples)
@@ -255,6 +284,8 @@ def _bootstrap_means(values: NDArray[np.float64], resamples: int, rng: np.random
 
 def _quantiles(values: NDArray[np.float64], means: NDArray[np.float64], level: float, method: Method) -> NDArray[np.float64]:
     """Which quantiles of the bootstrap means bound the interval."""
+    from scipy.special import ndtr, ndtri  # here, since the settings of every command import this module
+
     ends = np.array([(1 - level) / 2, (1 + level) / 2])
     centred = values - values.mean()
     spread = float((centred**2).sum())

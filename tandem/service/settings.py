@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 
 from feature_repo.aggregates import AggregateConfig
 from feature_repo.online_config import OnlineConfig
+from registry.policy import GateConfig
 from retrieval.candidates import CandidateConfig
 from retrieval.index import IndexConfig
 from tandem.core.errors import InputError
@@ -135,6 +136,7 @@ class Settings:
     rerank: RerankSettings = field(default_factory=RerankSettings)
     service: ServiceSettings = field(default_factory=ServiceSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
+    gates: GateConfig = field(default_factory=GateConfig)
     table: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -187,7 +189,7 @@ def write_default(workspace: Path) -> Path:
 DEFAULT: Final = """\
 # Tandem workspace settings. Every key has a default; unknown keys are refused.
 # `tandem status` prints where everything lies. Sections: features online split encoder towers index candidates ranker
-# evaluation rerank service registry table
+# evaluation rerank service registry gates table
 
 [online]
 # url = "redis://localhost:6379/0"   # or postgresql://…; empty: a SQLite file of this workspace
@@ -200,6 +202,10 @@ DEFAULT: Final = """\
 
 [rerank]
 # diversity = 0.05              # 0: order of scores; 1: categories only
+
+[gates]
+# metrics = { "ndcg@10" = { margin = 0.01, slices = { cold_user = 0.05 } }, "recall@100" = { margin = 0.02 } }
+# guardrails = { "task/*/ece" = { at_most = 0.1 }, "towers_ranker/coverage@10" = { may_fall = 0.2 } }
 """
 
 
@@ -238,14 +244,18 @@ def _settings(home: Path, raw: Mapping[str, Any]) -> Settings:
 
 
 def _section(name: str, current: Any, values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(type(current))
-    for key in values:
-        _check_known(key, set(hints), f"key in [{name}]")
-    converted = {key: _convert(f"{name}.{key}", value, hints[key]) for key, value in values.items()}
+    converted = _converted(name, type(current), values)
     try:
         return replace(current, **converted)
     except TypeError as error:
         raise InputError(f"{FILE}: [{name}] {error}") from None
+
+
+def _converted(name: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    for key in values:
+        _check_known(key, set(hints), f"key in [{name}]")
+    return {key: _convert(f"{name}.{key}", value, hints[key]) for key, value in values.items()}
 
 
 def _convert(name: str, value: Any, wanted: Any) -> Any:
@@ -253,6 +263,10 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
     origin = get_origin(wanted)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: _convert(f"{name}.{key}", each, get_args(wanted)[1]) for key, each in value.items()}
+    if is_dataclass(wanted) and isinstance(wanted, type):
+        return _nested(name, wanted, value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if origin is Literal:
@@ -267,6 +281,13 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
     if isinstance(plain, type) and (not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool)):
         raise InputError(f"{name} = {value!r} is {type(value).__name__}; it must be {plain.__name__}")
     return value
+
+
+def _nested(name: str, kind: type, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        keys = ", ".join(sorted(get_type_hints(kind)))
+        raise InputError(f"{name} = {value!r} is no table; write {{ … }} with any of {keys}")
+    return kind(**_converted(name, kind, value))
 
 
 def _check_known(key: str, known: set[str], what: str) -> None:

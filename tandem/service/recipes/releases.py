@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tandem.core.errors import ConflictError, GateRefusedError, InputError, NotFoundError, UnavailableError
-from tandem.core.folders import file_hash, read_json, whole_folder, write_json
+from tandem.core.folders import file_hash, read_json, verify_files, whole_folder, write_json
 from tandem.service.outcome import Cell, Outcome, Table
 from tandem.service.recipes.models import check_ranker_link, headline
 from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, open_releases, open_tracker, who_am_i, writing
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
-    from registry.store import ReleaseStore
+    from registry.gates import Verdict
+    from registry.policy import Evidence
+    from registry.store import Release, ReleaseStore
 
 _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
+_USERS: Final = "evaluation/users.parquet"
+_INDEX: Final = "index/index.json"
 
 
 def release_create(settings: Settings, name: str | None = None) -> Outcome:
@@ -183,32 +187,50 @@ def release_show(settings: Settings, name: str) -> Outcome:
 def release_gate(settings: Settings, name: str) -> Outcome:
     """Hold a release against the champion, paired on the same test users. Raises GateRefusedError with the sentences."""
     with open_releases(settings) as store:
-        _, verdict = _judge(store, name)
+        _, verdict = _judge(settings, store, name)
     rows = tuple(tuple(row.values()) for row in verdict.table().to_dicts())
     table = Table("Gate", tuple(verdict.table().columns), rows)
     if not verdict.passed:
-        raise GateRefusedError("; ".join(verdict.sentences))
+        raise GateRefusedError("; ".join(verdict.refusals))
     return Outcome(
         f"{name} may be promoted: " + "; ".join(verdict.sentences), verdict.to_dict(), table, f"tandem release promote {name}"
     )
 
 
-def _judge(store: ReleaseStore, name: str) -> tuple[int, Any]:
-    """The stored number of a verdict on `name` against the champion, and the verdict."""
-    import polars as pl
-
-    from registry.gates import Gate, judge
+def _judge(settings: Settings, store: ReleaseStore, name: str) -> tuple[int, Verdict]:
+    """The stored number of a verdict on `name` against the champion, by `[gates]` of the settings, and the verdict."""
+    from registry.policy import judge_release
 
     challenger, champion = store.get(name), store.champion().name
-
-    def rows(folder: Path) -> pl.DataFrame:
-        return pl.read_parquet(folder / "evaluation" / "users.parquet").filter(pl.col("system") == "towers + ranker")
-
-    gates = [Gate("ndcg@10", margin=0.01, minimum_users=30), Gate("recall@100", margin=0.02, minimum_users=30)]
-    old = rows(store.get(champion).folder) if champion and champion != name else None
-    verdict = judge(old, rows(challenger.folder), gates)
+    old = _evidence(store.get(champion)) if champion and champion != name else None
+    verdict = judge_release(settings.gates, old, _evidence(challenger))
     record = store.judged(name, champion, verdict.passed, verdict.to_dict())
     return record.number, verdict
+
+
+def _evidence(release: Release) -> Evidence:
+    """What a release is judged on, read from its folder once the bytes are what its manifest says."""
+    import polars as pl
+
+    from registry.policy import Evidence
+
+    files = release.manifest.files
+    verify_files(release.folder, {name: files[name] for name in (_USERS, _INDEX) if name in files})
+    rows = pl.read_parquet(release.folder / _USERS).filter(pl.col("system") == "towers + ranker")
+    return Evidence(rows, _release_figures(release))
+
+
+def _release_figures(release: Release) -> dict[str, float | None]:
+    """A release's figures by name: its metrics, the index's recall, its size, and what `measured.json` has in numbers."""
+    from registry.release import MEASURED
+
+    measured = read_json(release.folder / MEASURED) if (release.folder / MEASURED).is_file() else {}
+    numbers = {f"measured/{key}": value for key, value in measured.items() if isinstance(value, int | float)}
+    figures = dict(release.manifest.metrics) | numbers
+    figures["bytes"] = float(sum((release.folder / name).stat().st_size for name in release.manifest.files))
+    if _INDEX in release.manifest.files:
+        figures["index/recall"] = read_json(release.folder / _INDEX)["recall"]
+    return figures
 
 
 def release_promote(settings: Settings, name: str, because: str = "", force: bool = False) -> Outcome:
@@ -222,10 +244,10 @@ def release_promote(settings: Settings, name: str, because: str = "", force: boo
         verify_release(release.folder, release.content_hash)
         if champion.name == name:
             return Outcome(f"{name} is already the champion", {"champion": name}, None, "tandem serve")
-        number, verdict = _judge(store, name)
+        number, verdict = _judge(settings, store, name)
         if not verdict.passed and not force:
             raise GateRefusedError(
-                "; ".join(verdict.sentences) + f'; to promote all the same: tandem release promote {name} --force --because "…"'
+                "; ".join(verdict.refusals) + f'; to promote all the same: tandem release promote {name} --force --because "…"'
             )
         why = because or ("first release" if champion.name is None else "passed the gate")
         promotion = store.promote(name, expected=champion.name, who=who_am_i(), why=why, gate=number if verdict.passed else None)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from registry.gates import Gate
+from registry.guardrails import Guardrail
+from registry.policy import MetricGate
 from tandem.core.errors import InputError
 from tandem.service.settings import load_settings, write_default
 
@@ -42,6 +45,37 @@ def test_home_comes_from_the_environment(tmp_path: Path) -> None:
     assert load_settings(None, {"TANDEM_HOME": str(tmp_path)}).workspace == tmp_path
 
 
+GATES = """
+[gates]
+level = 0.9
+
+[gates.metrics]
+"ndcg@10" = { margin = 0, kind = "superiority", slices = { cold_user = 1 } }
+
+[gates.metrics."recall@100"]
+margin = 0.02
+
+[gates.guardrails]
+"task/*/ece" = { at_most = 1, may_rise = 0.5 }
+"""
+
+
+def test_gates_are_declared_in_tables(tmp_path: Path) -> None:
+    gates = load_settings(_with(tmp_path, GATES), {}).gates
+    assert (gates.level, gates.resamples) == (0.9, 2000)
+    assert gates.gates() == (
+        Gate("ndcg@10", 0.0, "superiority", 30),
+        Gate("ndcg@10", 1.0, "superiority", 30, "cold_user"),
+        Gate("recall@100", 0.02, "non_inferiority", 30),
+    )
+    assert gates.guardrails == {"task/*/ece": Guardrail(at_most=1.0, may_rise=0.5)}
+
+
+def test_gates_come_from_the_environment_too(tmp_path: Path) -> None:
+    settings = load_settings(tmp_path, {"TANDEM_GATES__METRICS": '{ "m" = { margin = 0.5 } }', "TANDEM_GATES__SEED": "7"})
+    assert (settings.gates.metrics, settings.gates.seed) == ({"m": MetricGate(margin=0.5)}, 7)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -52,6 +86,13 @@ def test_home_comes_from_the_environment(tmp_path: Path) -> None:
         ("[ranker]\ntrunk = 'deep'", "ranker.trunk = 'deep' is not one of"),
         ("towers = 3", "\\[towers\\] is 3; write it as a section"),
         ("[towers", "not valid TOML"),
+        ("[gates]\nresample = 5", "unknown key in \\[gates\\] 'resample'; did you mean 'resamples'"),
+        ("[gates.metrics]\nm = 0.01", "gates.metrics.m = 0.01 is no table; write { … } with any of .* margin"),
+        ("[gates.metrics]\nm = { marge = 1 }", "unknown key in \\[gates.metrics.m\\] 'marge'; did you mean 'margin'"),
+        ("[gates.metrics]\nm = { kind = 'better' }", "gates.metrics.m.kind = 'better' is not one of"),
+        ("[gates.metrics]\nm = { slices = ['cold_user'] }", "gates.metrics.m.slices = \\['cold_user'\\] is list"),
+        ("[gates.metrics]\nm = { margin = -1 }", "gate on m: margin -1.0 must be 0 or more"),
+        ("[gates.guardrails]\nbytes = {}", "a guardrail needs a limit"),
         ("[index]\nkind = 'auto'\ntarget_recall = 2.0", "target_recall"),
     ],
 )
