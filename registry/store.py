@@ -17,28 +17,18 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import CursorResult, Engine, create_engine, event, func, insert, inspect, make_url, select, update
-from sqlalchemy.engine import URL, Connection
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy import CursorResult, select, update
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
+from registry.database import BUSY_MILLISECONDS, open_engine, open_tables
+from registry.places import located, stored
 from registry.release import Manifest
-from registry.tables import TABLES_VERSION, Base, ChampionRow, GateRow, PromotionRow, ReleaseRow, TablesRow
-from tandem.core.errors import (
-    BusyError,
-    ConflictError,
-    GateRefusedError,
-    IncompatibleError,
-    InputError,
-    NotFoundError,
-    UnavailableError,
-)
+from registry.tables import ChampionRow, GateRow, PromotionRow, ReleaseRow
+from tandem.core.errors import BusyError, ConflictError, GateRefusedError, InputError, NotFoundError, UnavailableError
 
 PROMOTE_STEPS: Final = ("begun", "checked", "flipped", "recorded", "committed")
 """Moments in a promotion that `after` is told of: a crash before `committed` leaves the old champion, a later one the new."""
-
-_BUSY_MILLISECONDS: Final = 10_000
-_CREATE_LOCK: Final = 0x7A4D_E401  # any number that only Tandem uses: PostgreSQL's advisory lock around creating tables
 
 
 @dataclass(frozen=True)
@@ -99,8 +89,11 @@ def _nothing(step: str) -> None:
 class Work:
     """One transaction on the registry. Nothing lasts until `commit()`."""
 
-    def __init__(self, session: Session, clock: Callable[[], datetime], after: Callable[[str], None]) -> None:
+    def __init__(
+        self, session: Session, releases: Path | None, clock: Callable[[], datetime], after: Callable[[str], None]
+    ) -> None:
         self._session = session
+        self._releases = releases
         self._clock = clock
         self._after = after
 
@@ -116,7 +109,7 @@ class Work:
             row = ReleaseRow(
                 name=manifest.name,
                 content_hash=manifest.content_hash,
-                folder=str(folder),
+                folder=stored(folder, self._releases),
                 manifest=manifest.to_dict(),
                 created_at=self._clock(),
             )
@@ -127,16 +120,16 @@ class Work:
                 f"the name {manifest.name!r} belongs to another release (content {row.content_hash[:12]}"
                 f"{', deleted' if row.deleted_at else ''}); names are never reused: choose another"
             )
-        return _release(row)
+        return self._release(row)
 
     def get(self, name: str) -> Release:
         """The release called `name`, or NotFoundError."""
-        return _release(self._row(name))
+        return self._release(self._row(name))
 
     def list(self) -> tuple[Release, ...]:
         """All releases that were not deleted, oldest first."""
         rows = select(ReleaseRow).where(ReleaseRow.deleted_at.is_(None)).order_by(ReleaseRow.created_at, ReleaseRow.name)
-        return tuple(_release(row) for row in self._session.scalars(rows))
+        return tuple(self._release(row) for row in self._session.scalars(rows))
 
     def registered(self, name: str, model_version: str) -> None:
         """Note under which MLflow model version a release is registered."""
@@ -151,7 +144,7 @@ class Work:
         row = self._row(name)
         row.deleted_at = self._clock()
         self._session.flush()
-        return _release(row)
+        return self._release(row)
 
     def champion(self) -> Champion:
         """The live release."""
@@ -289,6 +282,10 @@ class Work:
         row = self._session.get(ReleaseRow, name)
         return row is not None and row.deleted_at is None
 
+    def _release(self, row: ReleaseRow) -> Release:
+        folder, manifest = located(row.folder, self._releases), Manifest.from_dict(row.manifest, row.name)
+        return Release(row.name, row.content_hash, folder, row.created_at, manifest, row.model_version)
+
     def _row(self, name: str) -> ReleaseRow:
         row = self._session.get(ReleaseRow, name, populate_existing=True)
         if row is None or row.deleted_at is not None:
@@ -306,18 +303,27 @@ class Work:
 
 
 class ReleaseStore:
-    """The registry's database. Opening creates the tables where there are none and refuses tables of another version.
+    """The registry's database. Opening creates the tables where there are none, upgrades older ones, and refuses newer ones.
 
-    `url` is SQLAlchemy's ("sqlite:////…/tandem.db", "postgresql+psycopg://…"); `after` is told of PROMOTE_STEPS. Every method
-    may raise UnavailableError (no database there) or BusyError (SQLite locked for 10 s).
+    `url` is SQLAlchemy's ("sqlite:////…/tandem.db", "postgresql+psycopg://…"); folders inside of `releases` are kept relative to
+    it; `after` is told of UPGRADE_STEPS and PROMOTE_STEPS. Every method may raise UnavailableError (no database there) or
+    BusyError (SQLite locked for 10 s).
     """
 
-    def __init__(self, url: str, *, clock: Callable[[], datetime] = _now, after: Callable[[str], None] = _nothing) -> None:
-        self._engine = _engine(url)
+    def __init__(
+        self,
+        url: str,
+        releases: Path | None = None,
+        *,
+        clock: Callable[[], datetime] = _now,
+        after: Callable[[str], None] = _nothing,
+    ) -> None:
+        self._engine = open_engine(url)
+        self._releases = releases
         self._clock = clock
         self._after = after
         with self._translated():
-            _open(self._engine)
+            open_tables(self._engine, releases, after)
 
     def close(self) -> None:
         """Give the database connections back."""
@@ -327,13 +333,13 @@ class ReleaseStore:
     def work(self) -> Iterator[Work]:
         """A transaction that may change things; leaving it without `commit()` undoes all."""
         with self._session(writes=True) as session:
-            yield Work(session, self._clock, self._after)
+            yield Work(session, self._releases, self._clock, self._after)
 
     @contextmanager
     def look(self) -> Iterator[Work]:
         """A consistent view for reading; it never waits for a writer."""
         with self._session(writes=False) as session:
-            yield Work(session, self._clock, self._after)
+            yield Work(session, self._releases, self._clock, self._after)
 
     def add(self, manifest: Manifest, folder: Path) -> Release:
         """`Work.add` in a transaction of its own."""
@@ -432,7 +438,7 @@ class ReleaseStore:
             yield
         except OperationalError as error:
             if "locked" in str(error.orig):
-                raise BusyError(f"{where} is locked by another writer for {_BUSY_MILLISECONDS // 1000} s; try again") from error
+                raise BusyError(f"{where} is locked by another writer for {BUSY_MILLISECONDS // 1000} s; try again") from error
             raise UnavailableError(f"{where} does not answer ({_first_line(error)}); start it, or correct its address") from error
 
 
@@ -445,78 +451,6 @@ def _trail(history: tuple[Promotion, ...]) -> list[str]:
         else:
             trail.append(line.name)
     return trail
-
-
-def _engine(url: str) -> Engine:
-    try:
-        address = make_url(url)
-    except ArgumentError:
-        raise InputError(
-            "the registry's address is not one that SQLAlchemy knows; use sqlite:///<file> or postgresql+psycopg://…"
-        ) from None
-    match address.get_backend_name():
-        case "sqlite":
-            return _sqlite(address)
-        case "postgresql":
-            return create_engine(address, connect_args={"connect_timeout": 5}, pool_pre_ping=True)
-        case other:
-            raise InputError(f"the registry lives in SQLite or PostgreSQL, not in {other}")
-
-
-def _sqlite(address: URL) -> Engine:
-    """SQLite that tells writers from readers: writers queue at BEGIN, so that none fails at the end of its work."""
-    if address.database and address.database != ":memory:":
-        Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(address)
-
-    @event.listens_for(engine, "connect")
-    def prepare(connection: Any, record: Any) -> None:
-        del record
-        connection.isolation_level = None  # we say BEGIN ourselves
-        for pragma in (f"busy_timeout = {_BUSY_MILLISECONDS}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
-
-    return engine
-
-
-def _open(engine: Engine) -> None:
-    """Create the tables where there are none, once however many come at the same time, and check their version."""
-    with engine.begin() as connection:
-        found = _version(connection)
-    if found is None:
-        with engine.execution_options(writes=True).begin() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.execute(select(func.pg_advisory_xact_lock(_CREATE_LOCK)))
-            found = _version(connection) or _create(connection)
-    if found != TABLES_VERSION:
-        way_out = (
-            "run `pip install --upgrade tandem-recommender`"
-            if found > TABLES_VERSION
-            else "open them with the Tandem that wrote them"
-        )
-        raise IncompatibleError(f"the registry's tables have version {found}, this Tandem needs {TABLES_VERSION}; {way_out}")
-
-
-def _version(connection: Connection) -> int | None:
-    if not inspect(connection).has_table(TablesRow.__tablename__):
-        return None
-    return connection.scalar(select(TablesRow.version))
-
-
-def _create(connection: Connection) -> int:
-    Base.metadata.create_all(connection)
-    connection.execute(insert(TablesRow).values(version=TABLES_VERSION))
-    connection.execute(insert(ChampionRow).values(id=1, version=0))
-    return TABLES_VERSION
-
-
-def _release(row: ReleaseRow) -> Release:
-    manifest = Manifest.from_dict(row.manifest, row.name)
-    return Release(row.name, row.content_hash, Path(row.folder), row.created_at, manifest, row.model_version)
 
 
 def _gate(row: GateRow) -> GateRecord:

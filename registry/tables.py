@@ -1,6 +1,7 @@
 """The tables in which the registry remembers: releases, gates, promotions, and the one champion.
 
-`champion` has a single row: flipping it is the promotion. All else is history, and is only ever added to.
+`champion` has a single row: flipping it is the promotion. All else is history, and is only ever added to. A change here needs a
+step in `migrations/versions/`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any, Final
 from sqlalchemy import JSON, CheckConstraint, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-TABLES_VERSION: Final = 1
-"""Version of these tables; a database of another version is refused at open."""
+TABLES_VERSION: Final = 2
+"""Version of these tables: the newest step in `migrations/versions/`."""
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -39,14 +40,17 @@ class Base(DeclarativeBase):
 
 
 class TablesRow(Base):
-    """One row: which version of the tables this database has."""
+    """One row: which version of the tables this database has. Every Tandem reads it first, whatever else has changed."""
 
     __tablename__ = "tandem_tables"
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
 class ReleaseRow(Base):
-    """A release that exists, or existed: a deleted one keeps its row, so that history stays whole and its name is not reused."""
+    """A release that exists, or existed: a deleted one keeps its row, so that history stays whole and its name is not reused.
+
+    `folder` is relative to the workspace's releases folder where it lies inside, see `places.py`.
+    """
 
     __tablename__ = "releases"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)

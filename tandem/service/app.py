@@ -254,7 +254,7 @@ def releases(service: Here) -> ReleasesAnswer:
     """All releases, which one is the champion, and which one answers here."""
     from registry.store import ReleaseStore
 
-    store = ReleaseStore(service.settings.registry_url)
+    store = ReleaseStore(service.settings.registry_url, service.settings.releases)
     try:
         champion, known = store.champion().name, store.list()
     finally:

@@ -93,7 +93,7 @@ def load_folder(folder: Path) -> Recommender:
 def _which(settings: Settings, release: str | None) -> tuple[Path, str | None]:
     if release is not None and not (settings.state / "tandem.db").exists() and not settings.registry.url:
         return release_folder(settings.releases, release), None
-    store = ReleaseStore(settings.registry_url)
+    store = ReleaseStore(settings.registry_url, settings.releases)
     try:
         name = release or store.champion().name
         if name is None:

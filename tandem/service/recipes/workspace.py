@@ -40,7 +40,7 @@ def open_releases(settings: Settings) -> Iterator[ReleaseStore]:
     from registry.store import ReleaseStore
 
     settings.state.mkdir(parents=True, exist_ok=True)
-    store = ReleaseStore(settings.registry_url)
+    store = ReleaseStore(settings.registry_url, settings.releases)
     try:
         yield store
     finally:

@@ -381,7 +381,7 @@ def test_a_database_that_is_away_is_unavailable_and_its_password_stays_secret() 
 
 
 def test_a_locked_sqlite_file_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.store._BUSY_MILLISECONDS", 50)
+    monkeypatch.setattr("registry.database.BUSY_MILLISECONDS", 50)
     url = f"sqlite:///{tmp_path}/tandem.db"
     store = ReleaseStore(url)
     with store.work() as work:
