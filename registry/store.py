@@ -27,6 +27,9 @@ from registry.release import Manifest
 from registry.tables import ChampionRow, GateRow, PromotionRow, ReleaseRow
 from tandem.core.errors import BusyError, ConflictError, GateRefusedError, InputError, NotFoundError, UnavailableError
 
+ADD_STEPS: Final = ("added", "committed")
+"""Moments in remembering a release that `after` is told of: a crash before `committed` leaves it unknown, its folder whole."""
+
 PROMOTE_STEPS: Final = ("begun", "checked", "flipped", "recorded", "committed")
 """Moments in a promotion that `after` is told of: a crash before `committed` leaves the old champion, a later one the new."""
 
@@ -115,6 +118,7 @@ class Work:
             )
             self._session.add(row)
             self._session.flush()
+            self._after("added")
         elif row.deleted_at is not None or row.content_hash != manifest.content_hash:
             raise ConflictError(
                 f"the name {manifest.name!r} belongs to another release (content {row.content_hash[:12]}"
@@ -306,8 +310,8 @@ class ReleaseStore:
     """The registry's database. Opening creates the tables where there are none, upgrades older ones, and refuses newer ones.
 
     `url` is SQLAlchemy's ("sqlite:////…/tandem.db", "postgresql+psycopg://…"); folders inside of `releases` are kept relative to
-    it; `after` is told of UPGRADE_STEPS and PROMOTE_STEPS. Every method may raise UnavailableError (no database there) or
-    BusyError (SQLite locked for 10 s).
+    it; `after` is told of UPGRADE_STEPS, ADD_STEPS and PROMOTE_STEPS. Every method may raise UnavailableError (no database there)
+    or BusyError (SQLite locked for 10 s).
     """
 
     def __init__(
