@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import CursorResult, select, update
+from sqlalchemy import CursorResult, exists, select, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -141,19 +141,42 @@ class Work:
         self._session.flush()
 
     def delete(self, name: str) -> Release:
-        """Forget a release; its history stays. The live one is refused (ConflictError). Remove the folder after the commit."""
-        champion = self._champion_row(lock=True)
+        """Forget a release; its history stays. Remove the folder after the commit: `retention.py` does both.
+
+        ConflictError for the live one and for those that a rollback may need (`pinned`).
+        """
+        champion = self.champion(held=True)
         if champion.name == name:
             raise ConflictError(f"release {name!r} is live since {_at(champion.since)}; promote or roll back to another first")
+        if name in self.pinned():
+            raise ConflictError(f"release {name!r} was live just before {champion.name!r}, and a rollback may need it; keep it")
         row = self._row(name)
         row.deleted_at = self._clock()
         self._session.flush()
+        self._after("marked")  # see retention.DELETE_STEPS
         return self._release(row)
 
-    def champion(self) -> Champion:
-        """The live release."""
-        row = self._champion_row()
+    def deleted(self) -> tuple[Release, ...]:
+        """All releases that were deleted, oldest first."""
+        rows = select(ReleaseRow).where(ReleaseRow.deleted_at.is_not(None)).order_by(ReleaseRow.created_at, ReleaseRow.name)
+        return tuple(self._release(row) for row in self._session.scalars(rows))
+
+    def champion(self, *, held: bool = False) -> Champion:
+        """The live release. `held`: it stays the live one until this transaction ends."""
+        row = self._champion_row(lock=held)
         return Champion(row.name, row.version, row.since)
+
+    def challenger(self) -> str | None:
+        """The release that last passed a gate against the live one and still waits, or None."""
+        live = self._champion_row().name
+        went_live = exists().where(PromotionRow.name == GateRow.challenger, PromotionRow.at > GateRow.judged_at)
+        passed = (
+            select(GateRow.challenger)
+            .join(ReleaseRow, ReleaseRow.name == GateRow.challenger)
+            .where(GateRow.passed, GateRow.champion.is_not_distinct_from(live), GateRow.challenger.is_distinct_from(live))
+            .where(ReleaseRow.deleted_at.is_(None), ~went_live)
+        )
+        return self._session.scalar(passed.order_by(GateRow.number.desc()).limit(1))
 
     def judged(self, challenger: str, champion: str | None, passed: bool, verdict: Mapping[str, Any]) -> GateRecord:
         """Store what a gate said of `challenger` against `champion`."""
@@ -379,6 +402,11 @@ class ReleaseStore:
         """The live release."""
         with self.look() as work:
             return work.champion()
+
+    def challenger(self) -> str | None:
+        """`Work.challenger`."""
+        with self.look() as work:
+            return work.challenger()
 
     def judged(self, challenger: str, champion: str | None, passed: bool, verdict: Mapping[str, Any]) -> GateRecord:
         """`Work.judged` in a transaction of its own."""

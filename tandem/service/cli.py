@@ -258,6 +258,22 @@ def release_diff(
     _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_diff(settings, before, after)))
 
 
+@release.command("delete")
+def release_delete(context: typer.Context, name: Name, as_json: Json = False) -> None:
+    """Delete a release and its folder; never the live one, nor one that a rollback may need."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_delete(settings, name)))
+
+
+@release.command("prune")
+def release_prune(
+    context: typer.Context,
+    keep: Annotated[int, typer.Option(min=0, help="How many releases to keep that were not live lately.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Keep the champion, the two before it, the challenger and the newest others; delete the rest."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_prune(settings, keep)))
+
+
 # ------------------------------------------------------------------------------------------------------------- questions
 
 

@@ -116,7 +116,7 @@ COMMANDS = [
     "demo", "import", "simulate", "train", "evaluate", "recommend", "similar", "search", "why", "serve", "status",
     "features apply", "features build", "features materialize", "features check",
     "release create", "release list", "release show", "release gate", "release promote", "release rollback", "release history",
-    "release diff",
+    "release diff", "release delete", "release prune",
 ]  # fmt: skip
 
 
@@ -217,6 +217,25 @@ def test_a_worse_release_is_refused_with_code_3_and_the_champion_stays(workspace
     failure(cli.REFUSED, "--workspace", str(workspace), "release", "promote", "worse")
     failure(cli.USAGE, "--workspace", str(workspace), "release", "promote", "worse", "--force")
     assert champion(workspace) == before
+
+
+def test_old_releases_go_and_the_champion_and_what_a_rollback_needs_stay(workspace: Path) -> None:
+    answer(workspace, "release", "create", "--name", "old")
+    before = champion(workspace)
+    answer(workspace, "release", "promote", "old", "--because", "a test")
+    answer(workspace, "release", "rollback", "--because", "enough")
+    answer(workspace, "release", "create", "--name", "spare")
+    assert "is live since" in failure(cli.FAILED, "--workspace", str(workspace), "release", "delete", before)
+    assert answer(workspace, "release", "delete", "spare")["freed_bytes"] > 0
+    assert not (workspace / "releases" / "spare").exists()
+    assert "'spare' (deleted" in failure(cli.FAILED, "--workspace", str(workspace), "release", "show", "spare")
+    pruned = answer(workspace, "release", "prune", "--keep", "0")
+    assert pruned["kept"][before] == "live"
+    assert "old" in pruned["deleted"], "it was rolled back from"
+    assert {path.name for path in (workspace / "releases").iterdir() if path.is_dir()} == set(pruned["kept"])
+    assert set(answer(workspace, "release", "list")["releases"]) == set(pruned["kept"])
+    assert answer(workspace, "recommend", "u001", "-k", "3")["release"] == before
+    assert run("--workspace", str(workspace), "release", "prune", "--keep", "-1").exit_code == cli.USAGE
 
 
 def test_train_and_evaluate(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

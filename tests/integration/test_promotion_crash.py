@@ -1,5 +1,5 @@
-"""kill -9 at every step of creating, registering, promoting, rolling back and upgrading: one whole champion, and the next try
-goes through. And many at once: one winner per expected champion, and a history without a gap.
+"""kill -9 at every step of creating, registering, promoting, rolling back, pruning and upgrading: one whole champion, and the
+next try goes through. And many at once: one winner per expected champion, and a history without a gap.
 
 The steps are not slept for: a process of its own kills itself when the code under test says that a step is done.
 """
@@ -24,6 +24,7 @@ from sqlalchemy.exc import OperationalError
 from registry.database import UPGRADE_STEPS
 from registry.migrations import BOOKS
 from registry.release import CREATE_STEPS, ReleaseFacts, create_release, verify_release
+from registry.retention import DELETE_STEPS
 from registry.store import ADD_STEPS, PROMOTE_STEPS, ReleaseStore
 from registry.tables import Base
 from tandem.core.errors import ConflictError
@@ -36,6 +37,7 @@ import json, os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
 from registry.release import ReleaseFacts, create_release, verify_release
+from registry.retention import prune
 from registry.store import ReleaseStore
 
 def act(what, url, root, fatal):
@@ -51,6 +53,8 @@ def act(what, url, root, fatal):
         ReleaseStore(url, folder.parent, after=after).add(verify_release(folder), folder)
     elif what == "open":
         ReleaseStore(url, Path(root, "releases"), after=after)
+    elif what == "prune":
+        prune(ReleaseStore(url, Path(root, "releases"), after=after), Path(root, "releases"), 0, after)
     elif what == "promote":
         ReleaseStore(url, after=after).promote("b", expected="a", who="ada", why="better")
     else:
@@ -206,6 +210,21 @@ def test_killed_while_registering(run: Run, database: str, tmp_path: Path, step:
     assert run("add", database, tmp_path, None) == 0
     assert verify_release(store.get("b").folder, store.get("b").content_hash).name == "b"
     store.close()
+
+
+@pytest.mark.parametrize("step", DELETE_STEPS)
+def test_killed_while_pruning(run: Run, store: ReleaseStore, database: str, tmp_path: Path, step: str) -> None:
+    """Release `b` goes, known or unknown as a whole; at no step does its name lead to half a folder."""
+    releases = tmp_path / "releases"
+    assert run("prune", database, tmp_path, step) == -signal.SIGKILL
+    assert whole_champion(store) == "a"
+    assert ("b" in [release.name for release in store.list()]) == (step == "marked")
+    if (releases / "b").exists():
+        assert verify_release(releases / "b").name == "b"
+    assert (releases / "b").exists() == (step in ("marked", "committed"))
+    assert run("prune", database, tmp_path, None) == 0
+    assert [path.name for path in releases.iterdir() if path.is_dir()] == ["a"]
+    assert [release.name for release in store.list()] == ["a"]
 
 
 @pytest.mark.parametrize("step", UPGRADE_STEPS)

@@ -26,11 +26,13 @@ from tandem.service.recipes.models import evaluate, evaluated, funnel_table, tra
 from tandem.service.recipes.overview import status
 from tandem.service.recipes.releases import (
     release_create,
+    release_delete,
     release_diff,
     release_gate,
     release_history,
     release_list,
     release_promote,
+    release_prune,
     release_rollback,
     release_show,
 )
@@ -48,11 +50,13 @@ __all__ = [
     "import_source",
     "quiet",
     "release_create",
+    "release_delete",
     "release_diff",
     "release_gate",
     "release_history",
     "release_list",
     "release_promote",
+    "release_prune",
     "release_rollback",
     "release_show",
     "run_all",

@@ -18,6 +18,7 @@ from tandem.service.settings import Settings
 if TYPE_CHECKING:
     from registry.gates import Verdict
     from registry.policy import Evidence
+    from registry.retention import Pruned
     from registry.store import Release, ReleaseStore
 
 _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
@@ -279,6 +280,37 @@ def release_history(settings: Settings) -> Outcome:
     keys = ("at", "kind", "from", "to", "who", "why")
     data = {"history": [dict(zip(keys, row, strict=True)) for row in rows]}
     return Outcome(f"{len(rows)} changes of champion", data, Table("History", keys, rows), "tandem release rollback")
+
+
+def release_delete(settings: Settings, name: str) -> Outcome:
+    """Delete one release, row and folder; the live one and those a rollback may need are refused."""
+    from registry.retention import delete
+
+    with open_releases(settings) as store:
+        done = delete(store, settings.releases, name)
+    data = {"deleted": list(done.deleted), "freed_bytes": done.freed, "left": _names(done)}
+    return Outcome(f"deleted {name}{_left(done)}", data, None, "tandem release list")
+
+
+def release_prune(settings: Settings, keep: int) -> Outcome:
+    """Keep the champion, the two before it, the challenger and the newest `keep` others; delete the rest."""
+    from registry.retention import prune
+
+    with open_releases(settings) as store:
+        done = prune(store, settings.releases, keep)
+    rows = (*done.kept.items(), *((name, "deleted") for name in done.deleted))
+    data = {"kept": dict(done.kept), "deleted": list(done.deleted), "freed_bytes": done.freed, "left": _names(done)}
+    said = f"{len(done.deleted)} deleted, {len(done.kept)} kept, {done.freed / 1e6:,.1f} MB freed{_left(done)}"
+    return Outcome(said, data, Table("Releases", ("release", ""), rows), "tandem release list")
+
+
+def _left(done: Pruned) -> str:
+    """What to do by hand: folders elsewhere are somebody else's."""
+    return f"; not Tandem's own folders, so left in place: {', '.join(_names(done))}" if done.left else ""
+
+
+def _names(done: Pruned) -> list[str]:
+    return [str(folder) for folder in done.left]
 
 
 def release_diff(settings: Settings, a: str, b: str) -> Outcome:

@@ -169,9 +169,14 @@ def test_rollback_to_a_named_release_that_was_live(store: ReleaseStore) -> None:
 
 
 def test_rollback_steps_over_a_deleted_release(store: ReleaseStore) -> None:
-    promote(store, "a", "b", "c")
+    promote(store, "a", "b", "c", "d")
+    store.rollback("b", expected="d", who="ada", why="errors since c")
+    promote(store, "c", "d")
+    store.add(manifest("e"), Path("e"))
+    promote(store, "e")
     store.delete("b")
-    assert store.rollback(expected="c", who="ada", why="errors").name == "a"
+    store.rollback("c", expected="e", who="ada", why="errors")
+    assert store.previous() == "a"
 
 
 def test_pinned_are_the_champion_and_those_a_rollback_would_find(store: ReleaseStore) -> None:
@@ -182,20 +187,49 @@ def test_pinned_are_the_champion_and_those_a_rollback_would_find(store: ReleaseS
     assert store.pinned(before=0) == ("c",)
 
 
-def test_the_live_release_cannot_be_deleted_and_a_deleted_name_stays_taken(store: ReleaseStore) -> None:
-    promote(store, "a", "b")
-    with pytest.raises(ConflictError, match="'b' is live since"):
-        store.delete("b")
+def test_the_live_release_and_those_a_rollback_needs_cannot_be_deleted(store: ReleaseStore) -> None:
+    promote(store, "a", "b", "c", "d")
+    with pytest.raises(ConflictError, match="'d' is live since"):
+        store.delete("d")
+    for name in ("c", "b"):
+        with pytest.raises(ConflictError, match=f"'{name}' was live just before 'd', and a rollback may need it"):
+            store.delete(name)
     store.delete("a")
     assert [one.name for one in store.list()] == ["b", "c", "d"]
+
+
+def test_a_deleted_name_stays_taken_and_in_history(store: ReleaseStore) -> None:
+    promote(store, "a", "b", "c", "d")
+    deleted = store.delete("a")
     for use in (store.get, store.delete):
         with pytest.raises(NotFoundError, match="deleted"):
             use("a")
     with pytest.raises(NotFoundError):
-        store.promote("a", expected="b", who="ada", why="x")
+        store.promote("a", expected="d", who="ada", why="x")
     with pytest.raises(ConflictError, match="deleted"):
         store.add(manifest("a"), Path("/releases/a"))
-    assert [line.name for line in store.history()] == ["a", "b"]
+    assert [line.name for line in store.history()] == ["a", "b", "c", "d"]
+    with store.look() as work:
+        assert work.deleted() == (deleted,)
+
+
+def test_the_challenger_is_who_last_passed_against_the_live_one(store: ReleaseStore) -> None:
+    assert store.challenger() is None
+    store.judged("a", None, True, {})
+    assert store.challenger() == "a"
+    promote(store, "a")
+    assert store.challenger() is None, "it is live now"
+    store.judged("b", "a", True, {})
+    store.judged("c", "a", True, {})
+    store.judged("d", "a", False, {})
+    store.judged("a", "a", True, {})
+    assert store.challenger() == "c"
+    store.delete("c")
+    assert store.challenger() == "b"
+    promote(store, "b")
+    assert store.challenger() is None, "what passed against a says nothing about b"
+    store.rollback(expected="b", who="ada", why="errors")
+    assert store.challenger() is None, "b had its turn, and lost it"
 
 
 @pytest.mark.parametrize("name", ["nobody", "", "a'; DROP TABLE releases; --", "😀"])
