@@ -130,6 +130,11 @@ class Work:
         """The release called `name`, or NotFoundError."""
         return self._release(self._row(name))
 
+    def recall(self, name: str) -> tuple[Release, datetime | None]:
+        """The release called `name`, deleted or not, and when it was deleted; NotFoundError where there never was one."""
+        row = self._session.get(ReleaseRow, name)
+        return (self._release(row), row.deleted_at) if row is not None else (self.get(name), None)
+
     def list(self) -> tuple[Release, ...]:
         """All releases that were not deleted, oldest first."""
         rows = select(ReleaseRow).where(ReleaseRow.deleted_at.is_(None)).order_by(ReleaseRow.created_at, ReleaseRow.name)
@@ -186,6 +191,13 @@ class Work:
         self._session.flush()
         return _gate(row)
 
+    def gate(self, number: int) -> GateRecord:
+        """The verdict numbered `number`, or NotFoundError."""
+        row = self._session.get(GateRow, number)
+        if row is None:
+            raise NotFoundError(f"no gate {number}; see `tandem release history`")
+        return _gate(row)
+
     def gates(self, challenger: str) -> tuple[GateRecord, ...]:
         """Every verdict on `challenger`, oldest first."""
         rows = select(GateRow).where(GateRow.challenger == challenger).order_by(GateRow.number)
@@ -237,10 +249,21 @@ class Work:
         """Every promotion and rollback, oldest first."""
         return tuple(_promotion(row) for row in self._session.scalars(select(PromotionRow).order_by(PromotionRow.version)))
 
+    def change_at(self, moment: datetime) -> Promotion | None:
+        """The change that made live what was live at `moment`, or None when nothing was."""
+        lines = select(PromotionRow).where(PromotionRow.at <= moment).order_by(PromotionRow.version.desc()).limit(1)
+        row = self._session.scalar(lines)
+        return None if row is None else _promotion(row)
+
     def champion_at(self, moment: datetime) -> str | None:
         """Which release was live at `moment`, or None when none was."""
-        rows = select(PromotionRow.name).where(PromotionRow.at <= moment).order_by(PromotionRow.version.desc()).limit(1)
-        return self._session.scalar(rows)
+        change = self.change_at(moment)
+        return None if change is None else change.name
+
+    def change_after(self, version: int) -> Promotion | None:
+        """The change that followed the one numbered `version`, or None while that one lasts."""
+        row = self._session.get(PromotionRow, version + 1)
+        return None if row is None else _promotion(row)
 
     def pinned(self, before: int = 2) -> tuple[str, ...]:
         """The champion and the `before` champions ahead of it: their feature views must stay, so that a rollback finds them."""

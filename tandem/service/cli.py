@@ -258,6 +258,16 @@ def release_diff(
     _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_diff(settings, before, after)))
 
 
+@release.command("at")
+def release_at(
+    context: typer.Context,
+    when: Annotated[str, typer.Argument(metavar="WHEN", help="2026-11-17T12:00+01:00, for example; without a zone it is UTC.")],
+    as_json: Json = False,
+) -> None:
+    """What was live at a moment, on which data, who made it so and why."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_at(settings, _moment(when))))
+
+
 @release.command("delete")
 def release_delete(context: typer.Context, name: Name, as_json: Json = False) -> None:
     """Delete a release and its folder; never the live one, nor one that a rollback may need."""
@@ -408,6 +418,15 @@ def _run(context: typer.Context, as_json: bool, work: Work) -> None:
         with watched(sys.stderr) as progress:
             outcome = work(settings, progress)
         print_outcome(outcome, time.perf_counter() - started, as_json, out)
+
+
+def _moment(text: str) -> datetime:
+    """A time as ISO 8601 writes it; without a zone it is UTC's."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"{text!r} is no time; write it like 2026-11-17T12:00 or 2026-11-17T12:00+01:00") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _settings(context: typer.Context) -> Settings:

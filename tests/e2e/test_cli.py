@@ -116,7 +116,7 @@ COMMANDS = [
     "demo", "import", "simulate", "train", "evaluate", "recommend", "similar", "search", "why", "serve", "status",
     "features apply", "features build", "features materialize", "features check",
     "release create", "release list", "release show", "release gate", "release promote", "release rollback", "release history",
-    "release diff", "release delete", "release prune",
+    "release diff", "release at", "release delete", "release prune",
 ]  # fmt: skip
 
 
@@ -217,6 +217,20 @@ def test_a_worse_release_is_refused_with_code_3_and_the_champion_stays(workspace
     failure(cli.REFUSED, "--workspace", str(workspace), "release", "promote", "worse")
     failure(cli.USAGE, "--workspace", str(workspace), "release", "promote", "worse", "--force")
     assert champion(workspace) == before
+
+
+def test_what_was_live_at_a_moment_is_told_with_its_data_and_reason(workspace: Path) -> None:
+    first, last = (answer(workspace, "release", "history")["history"][number] for number in (0, -1))
+    told = answer(workspace, "release", "at", "2999-01-01T12:00")
+    assert (told["release"], told["why"], told["until"]) == (last["to"], last["why"], None)
+    assert told["source"] == "world"
+    assert told["window"]
+    earlier = answer(workspace, "release", "at", first["at"].replace("+00:00", ".999999+00:00"))
+    assert (earlier["release"], earlier["who"], earlier["instead_of"]) == (first["to"], first["who"], None)
+    assert earlier["gate"][0].startswith("ndcg@10: no champion")
+    assert "nothing was live" in failure(cli.FAILED, "--workspace", str(workspace), "release", "at", "2020-01-01")
+    assert "'noon' is no time" in failure(cli.USAGE, "--workspace", str(workspace), "release", "at", "noon")
+    assert first["to"] in run("--workspace", str(workspace), "release", "at", "2999-01-01").stdout
 
 
 def test_old_releases_go_and_the_champion_and_what_a_rollback_needs_stay(workspace: Path) -> None:

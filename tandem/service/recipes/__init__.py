@@ -25,6 +25,7 @@ from tandem.service.recipes.data import (
 from tandem.service.recipes.models import evaluate, evaluated, funnel_table, train
 from tandem.service.recipes.overview import status
 from tandem.service.recipes.releases import (
+    release_at,
     release_create,
     release_delete,
     release_diff,
@@ -49,6 +50,7 @@ __all__ = [
     "features_push",
     "import_source",
     "quiet",
+    "release_at",
     "release_create",
     "release_delete",
     "release_diff",

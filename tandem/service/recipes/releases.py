@@ -282,6 +282,39 @@ def release_history(settings: Settings) -> Outcome:
     return Outcome(f"{len(rows)} changes of champion", data, Table("History", keys, rows), "tandem release rollback")
 
 
+def release_at(settings: Settings, moment: datetime) -> Outcome:
+    """What was live at a moment, on which data it was trained, who made it so and why; a deleted release is still told of."""
+    with open_releases(settings) as store, store.look() as work:
+        change = work.change_at(moment)
+        if change is None:
+            raise NotFoundError(f"nothing was live at {moment.isoformat()}; see `tandem release history`")
+        release, deleted = work.recall(change.name)
+        following = work.change_after(change.version)
+        verdict = work.gate(change.gate).verdict.get("sentences", []) if change.gate is not None else []
+    data: dict[str, Any] = {
+        "release": change.name,
+        "content_hash": release.content_hash,
+        "since": change.at.isoformat(timespec="seconds"),
+        "until": following.at.isoformat(timespec="seconds") if following else None,
+        "kind": change.kind,
+        "instead_of": change.previous,
+        "who": change.who,
+        "why": change.why,
+        "gate": verdict,
+        "source": release.manifest.source.get("kind"),
+        "window": dict(release.manifest.window),
+        "deleted": deleted.isoformat(timespec="seconds") if deleted else None,
+    }
+    rows = tuple((key, value if isinstance(value, str | None) else _lines(value)) for key, value in data.items())
+    said = f"{change.name} was live at {moment.isoformat()}"
+    return Outcome(said, data, Table(said, ("what", "value"), rows), "tandem release history")
+
+
+def _lines(value: Any) -> str:
+    """Sentences, or names with values, one under the other."""
+    return "\n".join(f"{key}: {each}" for key, each in value.items()) if isinstance(value, dict) else "\n".join(value)
+
+
 def release_delete(settings: Settings, name: str) -> Outcome:
     """Delete one release, row and folder; the live one and those a rollback may need are refused."""
     from registry.retention import delete

@@ -109,6 +109,26 @@ def test_what_was_live_when(store: ReleaseStore) -> None:
     assert [store.champion_at(at) for at in (first - instant, first, second - instant, second)] == [None, "a", "a", "b"]
 
 
+def test_a_change_is_told_with_the_one_that_ended_it_though_its_release_is_gone(store: ReleaseStore) -> None:
+    gate = store.judged("a", None, True, {"sentences": ["fine"]})
+    store.promote("a", expected=None, who="ada", why="the first", gate=gate.number)
+    promote(store, "b", "c", "d")
+    store.delete("a")
+    with store.look() as work:
+        lines = work.history()
+        change = work.change_at(lines[1].at - timedelta(microseconds=1))
+        assert change == lines[0]
+        assert work.change_after(1) == lines[1]
+        assert work.change_after(4) is None
+        assert work.change_at(lines[0].at - timedelta(microseconds=1)) is None
+        release, deleted = work.recall("a")
+        assert (release.name, deleted is not None, work.recall("d")[1]) == ("a", True, None)
+        assert work.gate(gate.number) == gate
+        for ask in (lambda: work.recall("nobody"), lambda: work.gate(99)):
+            with pytest.raises(NotFoundError):
+                ask()
+
+
 def test_the_loser_is_told_who_won_and_when(store: ReleaseStore) -> None:
     store.promote("a", expected=None, who="ada", why="the first")
     store.promote("b", expected="a", who="bob", why="better")
