@@ -1,0 +1,154 @@
+"""A real `mlflow server` on PostgreSQL: releases as model versions, the alias that follows our tables, batch scoring by alias,
+and a server that goes away in the middle and comes back.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+
+from registry.release import ReleaseFacts, create_release
+from registry.store import ReleaseStore
+from registry.tracking import Tracker
+from tandem.core.errors import UnavailableError
+
+POSTGRES = os.environ.get("TANDEM_TEST_POSTGRES", "postgresql+psycopg://root@127.0.0.1:5432/test")
+LOADER = "tandem_server_test_loader"
+LOADER_SOURCE = """
+import json
+from pathlib import Path
+
+class Model:
+    def __init__(self, release):
+        self.release = release
+
+    def predict(self, frame, params=None):
+        return [f"{self.release}:{user}" for user in frame["user_id"]]
+
+def _load_pyfunc(path):
+    return Model(json.loads(Path(path).read_text())["release"])
+"""
+FACTS = ReleaseFacts(created_at=datetime(2026, 11, 20, tzinfo=UTC), metrics={"recall@100": 0.25})
+
+
+class Server:
+    """`mlflow server` on a port of its own, that can be stopped and started again."""
+
+    def __init__(self, database: str, files: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = int(free.getsockname()[1])
+        self.uri = f"http://127.0.0.1:{self.port}"
+        options = {"host": "127.0.0.1", "port": self.port, "workers": 1, "backend-store-uri": database}
+        options |= {"artifacts-destination": files / "artifacts"}
+        self._words = [sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())]
+        self._files = files
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers; what it says goes to a file."""
+        with (self._files / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(self._words, cwd=self._files, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, (self._files / "server.log").read_text()[-2000:]
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(0.3)
+        raise AssertionError((self._files / "server.log").read_text()[-2000:])
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """The address of a PostgreSQL database of this module's own, dropped afterwards; MLflow and our tables share it."""
+    engine = create_engine(POSTGRES, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 2})
+    name = f"tandem_test_{uuid.uuid4().hex[:12]}"
+    try:
+        with engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+    except OperationalError:
+        pytest.skip("no PostgreSQL answers; name one in TANDEM_TEST_POSTGRES")
+    yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(database, tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(database: str, tmp_path: Path) -> Iterator[ReleaseStore]:
+    """Releases `a` and `b`, in the database that MLflow uses too."""
+    store = ReleaseStore(database, tmp_path / "releases")
+    for name in ("a", "b"):
+        source = tmp_path / f"{name}.json"
+        source.write_text(f'["{name}"]')
+        store.add(create_release({"popular.json": source}, tmp_path / "releases" / name, FACTS), tmp_path / "releases" / name)
+    yield store
+    store.close()
+
+
+def test_the_loop_on_a_server_that_goes_away_and_comes_back(
+    server: Server, store: ReleaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+
+    (tmp_path / f"{LOADER}.py").write_text(LOADER_SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tracker = Tracker(server.uri)
+    asked = pd.DataFrame({"user_id": ["ada"]})
+
+    def scored() -> list[str]:
+        return list(mlflow.pyfunc.load_model("models:/tandem@champion").predict(asked))
+
+    for name in ("a", "b"):
+        store.registered(name, tracker.register(store.get(name).manifest, store.get(name).folder, loader=LOADER))
+    store.promote("a", expected=None, who="ada", why="the first")
+    assert tracker.mirror(store, loader=LOADER).changed
+    assert scored() == ["a:ada"]
+
+    store.promote("b", expected="a", who="ada", why="better")
+    tracker.mirror(store, loader=LOADER)
+    assert scored() == ["b:ada"]
+
+    tracker.set_alias("champion", str(store.get("a").model_version))  # by hand, past our tables
+    assert tracker.mirror(store, loader=LOADER).sentences == ("alias champion: version 1 -> 2 (b)",)
+    assert scored() == ["b:ada"]
+
+    server.stop()
+    store.rollback(expected="b", who="ada", why="errors")
+    before = time.monotonic()
+    with pytest.raises(UnavailableError, match="does not answer"):
+        tracker.mirror(store, loader=LOADER)
+    assert time.monotonic() - before < 10
+    assert store.champion().name == "a"
+
+    server.start()
+    assert tracker.mirror(store, loader=LOADER).sentences == ("alias champion: version 2 -> 1 (a)",)
+    assert scored() == ["a:ada"]
+    assert [line.name for line in store.history()] == ["a", "b", "a"]
