@@ -69,7 +69,10 @@ class GateRecord:
 
 @dataclass(frozen=True)
 class Promotion:
-    """One line of history: who made which release live, instead of which, when, why, and by which gate."""
+    """One line of history: who made which release live, instead of which, when, why, and by which gate.
+
+    `kind`: "promote", "forced" (the gate had refused) or "rollback".
+    """
 
     version: int
     kind: str
@@ -212,17 +215,18 @@ class Work:
         why: str,
         gate: int | None = None,
         version: int | None = None,
+        forced: bool = False,
     ) -> Promotion:
         """Make `name` live instead of `expected` (None: nothing is live yet).
 
-        `gate` is the number of the verdict that allows it; `version`, where given, must be the champion's too, so that a champion
-        that went and came back is noticed. Raises ConflictError naming the winner when another champion is live, GateRefusedError
-        when the verdict said no, NotFoundError for a release that is not there.
+        `gate` is the number of the verdict that allows it; `forced` takes one that refused, and history says so. `version`, where
+        given, must be the champion's too, so that a champion that went and came back is noticed. Raises ConflictError naming the
+        winner when another champion is live, GateRefusedError when the verdict said no, NotFoundError for an unknown release.
         """
         self._after("begun")
         if gate is not None:
-            self._check_gate(gate, name, expected)
-        return self._flip("promote", name, expected, version, who, why, gate)
+            self._check_gate(gate, name, expected, forced)
+        return self._flip("forced" if forced else "promote", name, expected, version, who, why, gate)
 
     def rollback(self, to: str | None = None, *, expected: str | None, who: str, why: str) -> Promotion:
         """Go back to `to`, or to the champion before `expected`; twice goes back twice. Needs no gate: it was live before.
@@ -316,11 +320,11 @@ class Work:
             f"(change {live.version}); compare with it and try again"
         )
 
-    def _check_gate(self, number: int, name: str, expected: str | None) -> None:
+    def _check_gate(self, number: int, name: str, expected: str | None, forced: bool) -> None:
         row = self._session.get(GateRow, number)
         if row is None or row.challenger != name:
             raise NotFoundError(f"no gate {number} on release {name!r}; run `tandem release gate {name}`")
-        if not row.passed:
+        if not row.passed and not forced:
             raise GateRefusedError(f"gate {number} refused release {name!r}: {'; '.join(row.verdict.get('sentences', []))}")
         if row.champion != expected:
             raise ConflictError(
@@ -444,11 +448,19 @@ class ReleaseStore:
             return work.gates(challenger)
 
     def promote(
-        self, name: str, *, expected: str | None, who: str, why: str, gate: int | None = None, version: int | None = None
+        self,
+        name: str,
+        *,
+        expected: str | None,
+        who: str,
+        why: str,
+        gate: int | None = None,
+        version: int | None = None,
+        forced: bool = False,
     ) -> Promotion:
         """`Work.promote` in a transaction of its own."""
         with self.work() as work:
-            promotion = work.promote(name, expected=expected, who=who, why=why, gate=gate, version=version)
+            promotion = work.promote(name, expected=expected, who=who, why=why, gate=gate, version=version, forced=forced)
             work.commit()
         return promotion
 

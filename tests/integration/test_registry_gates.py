@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import polars as pl
 import pytest
 
 from registry.release import ReleaseFacts, create_release
-from tandem.core.errors import GateRefusedError, IntegrityError
+from tandem.core.errors import GateRefusedError, InputError, IntegrityError
 from tandem.core.folders import write_json
 from tandem.service import recipes
 from tandem.service.recipes.workspace import open_releases
@@ -76,6 +77,19 @@ def test_a_guardrail_stops_a_promotion_and_its_sentence_is_stored(settings: Sett
         assert store.champion().name == "a"
         (record,) = store.gates("b")
     assert [("coverage@10" in sentence) for sentence in record.verdict["refusals"]] == [True]
+
+
+def test_a_forced_promotion_is_recorded_with_its_reason_and_what_the_gate_said(settings: Settings) -> None:
+    release(settings, "b", -0.2)
+    away = replace(settings, registry=replace(settings.registry, mlflow_uri="http://127.0.0.1:9"))
+    with pytest.raises(InputError, match="needs a reason"):
+        recipes.release_promote(away, "b", force=True)
+    done = recipes.release_promote(away, "b", because="the old one is on fire", force=True)
+    assert done.data["forced"] is True
+    assert "MLflow's alias is not set yet" in done.made
+    told = recipes.release_at(away, datetime.now(UTC)).data
+    assert (told["release"], told["kind"], told["why"]) == ("b", "forced", "the old one is on fire")
+    assert "not shown to be worse by less than" in told["gate"][0]
 
 
 def test_index_recall_and_size_are_guarded(settings: Settings) -> None:

@@ -251,9 +251,10 @@ def release_promote(settings: Settings, name: str, because: str = "", force: boo
                 "; ".join(verdict.refusals) + f'; to promote all the same: tandem release promote {name} --force --because "…"'
             )
         why = because or ("first release" if champion.name is None else "passed the gate")
-        promotion = store.promote(name, expected=champion.name, who=who_am_i(), why=why, gate=number if verdict.passed else None)
+        against = not verdict.passed
+        promotion = store.promote(name, expected=champion.name, who=who_am_i(), why=why, gate=number, forced=against)
         note = _mirror(settings, store)
-    data = {"champion": name, "before": champion.name, "why": why, "at": promotion.at.isoformat(), "forced": force}
+    data = {"champion": name, "before": champion.name, "why": why, "at": promotion.at.isoformat(), "forced": against}
     return Outcome(f"{name} is live (before: {champion.name or 'nothing'}){note}", data, None, "tandem serve")
 
 

@@ -276,6 +276,18 @@ def test_a_gate_that_said_no_refuses(store: ReleaseStore) -> None:
         store.promote("b", expected="a", who="ada", why="x", gate=gate.number)
 
 
+def test_a_forced_promotion_says_so_and_names_the_gate_that_refused(store: ReleaseStore) -> None:
+    promote(store, "a")
+    gate = store.judged("b", "a", False, {})
+    line = store.promote("b", expected="a", who="ada", why="the old one fails", gate=gate.number, forced=True)
+    assert (line.kind, line.gate) == ("forced", gate.number)
+    assert store.history()[-1] == line
+    assert store.pinned() == ("b", "a")
+    other = store.judged("c", "a", False, {})
+    with pytest.raises(ConflictError, match="compared 'c' with a, not with b"):
+        store.promote("c", expected="b", who="ada", why="x", gate=other.number, forced=True)
+
+
 def test_a_gate_counts_only_for_its_challenger_and_champion(store: ReleaseStore) -> None:
     promote(store, "a")
     gate = store.judged("b", "a", True, {})
