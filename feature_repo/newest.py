@@ -87,6 +87,10 @@ class NewestOnlineStore(ABC):
     def erase(self, config: RepoConfig, view: FeatureView, ids: Sequence[str]) -> int:
         """Forget these entities of a view; returns how many there were."""
 
+    def scrub(self, config: RepoConfig) -> None:
+        """See to it that what was erased cannot be read from the store's files either, where those are ours."""
+        return
+
     @abstractmethod
     def extent(self, config: RepoConfig, view: FeatureView) -> tuple[int, datetime | None]:
         """How many entities a view holds, and the newest event time among them."""

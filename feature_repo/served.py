@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -80,8 +80,12 @@ class ServedLog:
     Use it as a context manager or call `close`: what is buffered when a process is killed is lost, no more.
     """
 
-    def __init__(self, folder: Path, config: ServedLogConfig | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: ServedLogConfig | None = None, without: Callable[[pl.DataFrame], pl.DataFrame] | None = None
+    ) -> None:
+        """`without` takes rows away before they are written: those of users who were erased while the rows waited."""
         self.folder = folder
+        self._without = without or (lambda rows: rows)
         self._config = config or ServedLogConfig()
         self._buffer = _Buffer()
         self._counters = _Counters()
@@ -194,7 +198,7 @@ class ServedLog:
             return
         rows = sum(len(frame) for frame in frames)
         try:
-            _write_part(pl.concat(frames, how="diagonal_relaxed"), self.folder)
+            _write_part(self._without(pl.concat(frames, how="diagonal_relaxed")), self.folder)
         except Exception as error:
             self._drop(rows, f"cannot be written: {error}")
         else:

@@ -113,6 +113,13 @@ class NewestSqliteOnlineStore(SqliteOnlineStore, NewestOnlineStore):  # type: ig
             conn.executemany(delete, ((key,) for key in there))
         return len(there)
 
+    def scrub(self, config: RepoConfig) -> None:
+        """Write the file anew and empty the log beside it: SQLite leaves deleted rows in both."""
+        conn = self._get_conn(config)
+        with self._writing:
+            conn.execute("VACUUM")
+            conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def extent(self, config: RepoConfig, view: FeatureView) -> tuple[int, datetime | None]:
         """How many entities a view holds, and the newest event time among them."""
         query = f"SELECT COUNT(DISTINCT entity_key), MAX({_TIME}) FROM {_quoted(table_of(config, view))}"

@@ -13,12 +13,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import polars as pl
 
+from feature_repo.erased import ErasedUsers
 from feature_repo.sources.raw import REJECTED, Raw
 from tandem.core.errors import InputError, NotFoundError
 from tandem.core.folders import held, sweep_partials
@@ -92,7 +93,7 @@ def append_events(data_folder: Path, events: pl.DataFrame, rejected: pl.DataFram
         if rejected.height:
             old = _old(data_folder, REJECTED_FILE, REJECTED)
             write_parquet(pl.concat([old, rejected]).unique(maintain_order=True), data_folder / REJECTED_FILE)
-        asked = events.unique("event_id", keep="first", maintain_order=True)
+        asked = ErasedUsers(data_folder).drop_from(events.unique("event_id", keep="first", maintain_order=True))
         known = scan_events(data_folder).select("event_id").filter(pl.col("event_id").is_in(asked["event_id"].implode()))
         fresh = asked.join(known.collect(), on="event_id", how="anti", maintain_order="left")
         if fresh.height:
@@ -161,6 +162,8 @@ def write_parquet(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _write_all(raw: Raw, folder: Path) -> ImportCounts:
+    erased = ErasedUsers(folder)
+    raw = replace(raw, events=erased.drop_from(raw.events), users=erased.drop_from(raw.users))
     parts = _parts(folder) if (folder / EVENTS_FILE).is_file() else []
     old = _appended(_old(folder, EVENTS_FILE, EVENTS), _read_parts(parts))[0] if parts else _old(folder, EVENTS_FILE, EVENTS)
     events, appended = _appended(old, raw.events)

@@ -28,17 +28,20 @@ from typing import Annotated, Any, Final, Literal
 
 import polars as pl
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 
+from feature_repo.erase import erase_user
 from feature_repo.live import OPTIONAL, EventGate
 from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS
 from tandem.service.problems import BAD_HOST, BAD_KEY, INVALID, NO_KEY, STARTING, Guard, Refused, install, log_line, request_id_of
 from tandem.service.recommend import Recommender, Slate
 from tandem.service.schemas import (
+    ErasedAnswer,
     EventsAnswer,
     EventsBody,
     FieldProblem,
@@ -80,6 +83,7 @@ class Metrics:
         )
         self.degraded = Counter("tandem_degraded", "Slates that fell back", ["reason"], registry=self.registry)
         self.release = Gauge("tandem_release_info", "1 for the release that answers", ["release"], registry=self.registry)
+        self.features_age = Gauge("tandem_features_age_seconds", "Age of the item features in use", registry=self.registry)
         self.ready = Gauge("tandem_ready", "1 while the service takes requests", registry=self.registry)
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -117,6 +121,10 @@ class Service:
     @property
     def release(self) -> str | None:
         return self._recommender.release if self._recommender else None
+
+    @property
+    def features_as_of(self) -> datetime | None:
+        return self._recommender.features_as_of if self._recommender else None
 
     def open(self) -> None:
         """Load the champion unless a recommender was given, warm it up, and go ready."""
@@ -243,6 +251,13 @@ def events(body: EventsBody, service: Here) -> EventsAnswer:
     return EventsAnswer(refused=refused, **counts)
 
 
+@routes.delete("/users/{user_id:path}")
+def erase(user_id: Annotated[Id, PathParameter()], service: Here) -> ErasedAnswer:
+    """Remove a user everywhere; from now on they are a stranger, and events of this id are not taken."""
+    done = erase_user(service.settings.workspace, user_id)
+    return ErasedAnswer(rows=sum(done.rows.values()), online=sum(done.online.values()), kept=done.kept)
+
+
 @routes.get("/why")
 def why(user_id: Annotated[Id, Query()], item_id: Annotated[Id, Query()], service: Here) -> WhyAnswer:
     """Which stage kept or dropped an item for a user."""
@@ -271,6 +286,9 @@ def releases(service: Here) -> ReleasesAnswer:
 @routes.get("/metrics", response_class=Response)
 def metrics(service: Here) -> Response:
     """Prometheus text."""
+    as_of = service.features_as_of
+    if as_of is not None:
+        service.metrics.features_age.set((datetime.now(UTC) - as_of).total_seconds())
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

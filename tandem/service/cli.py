@@ -38,9 +38,11 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="A recommender a team can run."
 )
 features = typer.Typer(no_args_is_help=True, help="What is known about users and items, and when.")
+users = typer.Typer(no_args_is_help=True, help="People, and their right to be forgotten.")
 release = typer.Typer(no_args_is_help=True, help="Which release is live, and why.")
 app.add_typer(features, name="features")
 app.add_typer(release, name="release")
+app.add_typer(users, name="users")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs on standard output.")]
 Count = Annotated[int, typer.Option("-k", "--count", min=1, help="How many items.")]
@@ -154,6 +156,12 @@ def features_push(
 def features_check(context: typer.Context, as_json: Json = False) -> None:
     """Leakage, parity of the online store, freshness."""
     _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_check(settings)))
+
+
+@users.command("erase")
+def users_erase(context: typer.Context, user_id: Annotated[str, typer.Argument(metavar="USER")], as_json: Json = False) -> None:
+    """Remove a user everywhere, and prove it by asking again."""
+    _run(context, as_json, _recipe(lambda settings, recipes: recipes.users_erase(settings, user_id)))
 
 
 # -------------------------------------------------------------------------------------------------- training, evaluation

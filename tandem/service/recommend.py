@@ -45,6 +45,9 @@ class ItemFeatures(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
+    @property
+    def as_of(self) -> datetime: ...
+
     def gather(self, items: NDArray[np.int64]) -> NDArray[np.float64]: ...
 
 
@@ -238,6 +241,11 @@ class Recommender:
             else f"ranked {rank} of {len(scores)} candidates: not among the first 10"
         )
         return Why(user_id, item_id, self._titles[item], verdict, tuple(stages))
+
+    @property
+    def features_as_of(self) -> datetime | None:
+        """The moment that the item features in use were written for."""
+        return None if self._parts.items is None else self._parts.items.as_of
 
     def warm(self) -> None:
         """Load now what is otherwise loaded at the first sentence. What fails here degrades an answer later, which says so."""

@@ -107,6 +107,14 @@ class EventsBody(Body):
     events: tuple[EventBody, ...] = Field(min_length=1, max_length=MAX_LIST)
 
 
+class ErasedAnswer(BaseModel):
+    """How many rows and online rows went; `kept` names evaluation files of releases, which go with these."""
+
+    rows: int
+    online: int
+    kept: tuple[str, ...]
+
+
 class RefusedEvent(BaseModel):
     """Why one event of the request was not taken; `index` counts from 0."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from feature_repo.erased import ErasedUsers
 from feature_repo.live_snapshot import LiveSnapshot
 from feature_repo.online import UserReader
 from feature_repo.served import ServedLog, view_versions
@@ -55,7 +56,7 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
             users=GuardedUsers(UserReader(settings.workspace, read_timeout_ms=USER_READ_MS)),
             seen=SeenInEvents(settings.data),
             encode=LazyEncoder(folder, settings),
-            log=ServedLog(settings.workspace / "served"),
+            log=ServedLog(settings.workspace / "served", without=ErasedUsers(settings.data).drop_from),
             config=replace(settings.candidates, k=settings.ranker.candidates),
             rerank=settings.rerank,
             views=view_versions({view.name: view.version for view in views}),
@@ -125,6 +126,7 @@ class SeenInEvents:
     def __init__(self, data: Path) -> None:
         source = load_source(data)
         events = load_events(data).filter(source.is_history()).select("user_id", "item_id").unique().sort("user_id", "item_id")
+        self._erased = ErasedUsers(data)
         self._items = events["item_id"]
         runs = events["user_id"].rle().struct.unnest()
         ends = runs["len"].cum_sum()
@@ -133,7 +135,7 @@ class SeenInEvents:
         )
 
     def of(self, user_id: str) -> Sequence[str]:
-        start, end = self._spans.get(user_id, (0, 0))
+        start, end = (0, 0) if user_id in self._erased else self._spans.get(user_id, (0, 0))
         found: list[str] = self._items[start:end].to_list()
         return found
 

@@ -21,6 +21,7 @@ from tandem.service.recipes.data import (
     features_push,
     import_source,
     simulate,
+    users_erase,
 )
 from tandem.service.recipes.models import evaluate, evaluated, funnel_table, train
 from tandem.service.recipes.overview import status
@@ -65,6 +66,7 @@ __all__ = [
     "simulate",
     "status",
     "train",
+    "users_erase",
 ]
 
 

@@ -137,6 +137,19 @@ def features_push(settings: Settings, path: Path) -> Outcome:
     return Outcome(made, data | {"refused": dict(reasons)}, Table("Events", ("what", "count"), rows), "tandem recommend USER")
 
 
+def users_erase(settings: Settings, user_id: str) -> Outcome:
+    """Remove a user from everything that can be changed, prove it, and see to it that the id does not come back."""
+    from feature_repo.erase import erase_user
+
+    done = erase_user(settings.workspace, user_id)
+    rows = (*done.rows.items(), *((f"online: {view}", count) for view, count in done.online.items()))
+    data = {"user_hash": done.user_hash, "at": done.at.isoformat(), "rows": done.rows, "online": done.online, "kept": done.kept}
+    made = "the user is erased; every place was asked again, and none names them"
+    if done.kept:
+        made += f" but evaluation rows, which go with their releases: {', '.join(done.kept)}"
+    return Outcome(made, data, Table("Erased", ("where", "rows"), rows), "tandem release prune" if done.kept else "tandem status")
+
+
 def features_check(settings: Settings) -> Outcome:
     """Leakage on a sample of training rows, parity of the online store, freshness. Raises GateRefusedError when one fails."""
     from tandem.service.health import feature_checks
