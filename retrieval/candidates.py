@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from retrieval.baselines import ItemKNN
-from retrieval.index import MAX_K, VectorIndex
+from retrieval.checks import MAX_K
+from retrieval.index import VectorIndex
 from retrieval.topk import best
 from tandem.core.errors import IncompatibleError, InputError
 from tandem.core.schema import MICROSECONDS_PER_DAY

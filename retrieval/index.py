@@ -1,7 +1,7 @@
 """Vectors -> the k nearest by inner product. The only file that knows faiss, imported when an index is built or loaded.
 
 In: vectors (N, D) float32; row number = dense item id. Out: scores (B, k) float32 and ids (B, k) int64, best first, equal scores
-by lower id, padded with -inf and -1 only when fewer than k items are allowed. `exact_search` is the judge of every index.
+by lower id, padded with -inf and -1 only when fewer than k items are allowed. Judged by exact search (`exact.py`).
 A built index never changes: searches may run from many threads at once.
 """
 
@@ -17,23 +17,20 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.checks import Floats, Mask, check_k, check_width, checked_mask, checked_rows
+from retrieval.exact import exact_search, renamed, scan
 from retrieval.topk import best, pack, unpack
 from tandem.core.errors import IncompatibleError, InputError, IntegrityError, NotFoundError, UnavailableError
 from tandem.core.folders import content_hash, file_hash, read_json, verify_files, whole_folder, write_json
 
-Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-Mask = NDArray[np.bool_]
 
-MAX_K: Final = 100_000
 FLAT_BELOW: Final = 50_000
 HNSW_BELOW: Final = 200_000
 _INDEX_FILE: Final = "index.faiss"
 _CARD_FILE: Final = "index.json"
 _LINKS: Final = 32
 _GPU_MAX_K: Final = 2_048
-_QUERY_CELLS: Final = 4_000_000
-_NAMED_ROWS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -82,14 +79,14 @@ class VectorIndex:
         Raises InputError for NaN, infinite or no vectors and for an unknown kind, IncompatibleError for queries of another width.
         """
         config = config or IndexConfig()
-        vectors = _checked(vectors, "vectors")
+        vectors = checked_rows(vectors, "vectors")
         if not len(vectors) and not config.allow_empty:
             raise InputError("no vectors to index; import items first, or set allow_empty to publish an empty index")
         kind = resolve_kind(config.kind, len(vectors))
         index, gpu = _build_faiss(vectors, kind, config)
         built = cls(kind, vectors.shape[1], len(vectors), 1.0, 0, config, index, gpu)
-        asked = _sample(vectors if queries is None else _checked(queries, "queries"), config.tuning_queries)
-        _check_width(asked, built.dimension)
+        asked = _sample(vectors if queries is None else checked_rows(queries, "queries"), config.tuning_queries)
+        check_width(asked, built.dimension)
         return built._tuned(vectors, asked) if len(vectors) and len(asked) else built
 
     def search(self, queries: Floats, k: int, allowed: Mask | None = None) -> tuple[Floats, Ids]:
@@ -97,10 +94,10 @@ class VectorIndex:
 
         Raises InputError for a NaN or infinite query or k outside 1..100,000, IncompatibleError for a wrong width or mask length.
         """
-        _check_k(k)
-        queries = _checked(queries, "queries")
-        _check_width(queries, self.dimension)
-        allowed = _checked_mask(allowed, self.count)
+        check_k(k)
+        queries = checked_rows(queries, "queries")
+        check_width(queries, self.dimension)
+        allowed = checked_mask(allowed, self.count)
         eligible = self.count if allowed is None else int(np.count_nonzero(allowed))
         if not eligible or not len(queries):
             return best(np.empty((len(queries), 0), np.float32), k)
@@ -186,10 +183,10 @@ class VectorIndex:
 
     def _exact(self, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
         if self.kind == "Flat":
-            return _scan(self._stored(), queries, k, allowed)
+            return scan(self._stored(), queries, k, allowed)
         ids = np.arange(self.count) if allowed is None else np.flatnonzero(allowed)
-        scores, places = _scan(self.vectors(ids), queries, k, None)
-        return scores, _renamed(places, ids)
+        scores, places = scan(self.vectors(ids), queries, k, None)
+        return scores, renamed(places, ids)
 
     def _stored(self) -> Floats:
         """The vectors inside a flat index (N, D) float32, without a copy."""
@@ -206,36 +203,6 @@ class VectorIndex:
         if eligible == self.count:
             return False
         return not _filters(self.index) or eligible * eligible <= _visited(self.index, self.breadth, self.count) * self.count
-
-
-def exact_search(vectors: Floats, queries: Floats, k: int, allowed: Mask | None = None) -> tuple[Floats, Ids]:
-    """The judge: all inner products in float32, by blocks; scores and ids (B, k), ties by lower id, -inf and -1 as padding."""
-    _check_k(k)
-    vectors, queries = _checked(vectors, "vectors"), _checked(queries, "queries")
-    _check_width(queries, vectors.shape[1])
-    return _scan(vectors, queries, k, _checked_mask(allowed, len(vectors)))
-
-
-def _scan(vectors: Floats, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
-    """Few allowed vectors are gathered first; where most are allowed, the others' scores are struck out instead."""
-    if allowed is not None and 2 * np.count_nonzero(allowed) < len(vectors):
-        places = np.flatnonzero(allowed)
-        scores, found = _scan(vectors[places], queries, k, None)
-        return scores, _renamed(found, places)
-    scores = np.full((len(queries), k), -np.inf, np.float32)
-    ids = np.full((len(queries), k), -1, np.int64)
-    step = max(1, _QUERY_CELLS // max(len(vectors), 1))
-    for start in range(0, len(queries) if len(vectors) else 0, step):
-        products = queries[start : start + step] @ vectors.T
-        if allowed is not None:
-            products[:, ~allowed] = -np.inf
-        scores[start : start + step], ids[start : start + step] = best(products, k)
-    return scores, ids
-
-
-def _renamed(places: Ids, ids: Ids) -> Ids:
-    """`ids` at the places found, -1 where nothing was."""
-    return np.where(places >= 0, ids[np.maximum(places, 0)], -1) if len(ids) else places
 
 
 def resolve_kind(kind: str, count: int) -> str:
@@ -415,40 +382,3 @@ def _read_config(values: dict[str, Any]) -> IndexConfig:
         return IndexConfig(**values)
     except TypeError as error:
         raise IncompatibleError(f"index.json was written by another version of Tandem ({error}); build the index again") from None
-
-
-def _checked(rows: Floats, what: str) -> Floats:
-    """`rows` as contiguous float32 (n, D) without NaN or infinity."""
-    array = np.ascontiguousarray(rows, np.float32)
-    if array.ndim != 2 or not array.shape[1]:
-        raise InputError(f"{what} have shape {array.shape}; give (rows, numbers per row)")
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        more = f" and {len(bad) - _NAMED_ROWS} more" if len(bad) > _NAMED_ROWS else ""
-        raise InputError(
-            f"{what} hold NaN or infinity in rows {bad[:_NAMED_ROWS].tolist()}{more}; leave those rows out or train again"
-        )
-    return array
-
-
-def _check_width(queries: Floats, dimension: int) -> None:
-    if queries.shape[1] != dimension:
-        raise IncompatibleError(
-            f"queries have {queries.shape[1]} numbers but the index holds {dimension}; use the towers that filled it"
-        )
-
-
-def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= MAX_K:
-        raise InputError(f"k = {k!r} is outside 1..{MAX_K:,}; ask for a whole number in that range")
-
-
-def _checked_mask(allowed: Mask | None, count: int) -> Mask | None:
-    if allowed is None:
-        return None
-    mask = np.asarray(allowed)
-    if mask.dtype != np.bool_ or mask.shape != (count,):
-        raise IncompatibleError(
-            f"allowed has shape {mask.shape} of {mask.dtype}, the index holds {count} items; give ({count},) bool"
-        )
-    return None if mask.all() else mask

@@ -49,6 +49,18 @@ def unpack(keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.in
     return scores, np.where(np.isneginf(scores), -1, (keys & _LOW).astype(np.int64))
 
 
+def best_keys(kept: NDArray[np.uint64], rows: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The k smallest per row, the largest last: of `kept` (B, k) and of loose `keys` (n,) that belong to `rows` (n,)."""
+    order = np.argsort(rows.astype(np.uint32), kind="stable")
+    rows, counts = rows[order], np.bincount(rows, minlength=len(kept))
+    k = kept.shape[1]
+    wide = np.full((len(kept), k + counts.max(initial=0)), np.iinfo(np.uint64).max, np.uint64)
+    wide[:, :k] = kept
+    wide[rows, k + np.arange(len(rows)) - _starts(counts)[rows]] = keys[order]
+    wide.partition(k - 1, axis=1)
+    return wide[:, :k]
+
+
 def _best_block(scores: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Find the k-th best score, keep what reaches it, and sort only that: two thirds less time than sorting packed rows."""
     rows, columns = scores.shape

@@ -30,7 +30,8 @@ from retrieval.candidates import (
     retrieve,
     trace,
 )
-from retrieval.index import IndexConfig, VectorIndex, exact_search
+from retrieval.exact import exact_search
+from retrieval.index import IndexConfig, VectorIndex
 from tandem.core.errors import IncompatibleError, InputError
 
 DAY = 86_400_000_000

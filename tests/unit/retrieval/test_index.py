@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from retrieval import index as index_module
-from retrieval.index import MAX_K, IndexConfig, VectorIndex, exact_search, resolve_kind
+from retrieval.checks import MAX_K
+from retrieval.exact import exact_search
+from retrieval.index import IndexConfig, VectorIndex, resolve_kind
 from tandem.core.errors import IncompatibleError, InputError, IntegrityError, NotFoundError
 from tandem.core.folders import read_json, write_json
 
@@ -51,44 +50,6 @@ def masks() -> dict[str, np.ndarray]:
         "all": np.ones(COUNT, bool),
         "corner": VECTORS[:, 0] > np.quantile(VECTORS[:, 0], 0.95),
     }
-
-
-@given(
-    hnp.arrays(np.float32, st.tuples(st.integers(1, 15), st.just(3)), elements=st.integers(-2, 2).map(float)),
-    hnp.arrays(np.float32, st.tuples(st.integers(0, 4), st.just(3)), elements=st.integers(-2, 2).map(float)),
-    st.integers(1, 20),
-    st.data(),
-)
-@settings(max_examples=50, deadline=None)
-def test_the_judge_is_a_stable_sort_of_inner_products(
-    vectors: np.ndarray, queries: np.ndarray, k: int, data: st.DataObject
-) -> None:
-    allowed = data.draw(st.none() | hnp.arrays(np.bool_, len(vectors)))
-    eligible = range(len(vectors)) if allowed is None else np.flatnonzero(allowed)
-    scores, ids = exact_search(vectors, queries, k, allowed)
-    flat_scores, flat_ids = VectorIndex.build(vectors, IndexConfig("flat")).search(queries, k, allowed)
-    for row, query in enumerate(queries):
-        order = sorted(eligible, key=lambda item: (-float(vectors[item] @ query), item))[:k]
-        assert ids[row].tolist() == order + [-1] * (k - len(order))
-        assert scores[row, : len(order)].tolist() == [float(vectors[item] @ query) for item in order]
-        assert (scores[row, len(order) :] == -np.inf).all()
-    np.testing.assert_array_equal(flat_ids, ids)
-    np.testing.assert_array_equal(flat_scores, scores)
-
-
-def test_the_judge_by_hand() -> None:
-    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [1, 0]], np.float32)
-    scores, ids = exact_search(vectors, np.array([[1, 0]], np.float32), 3)
-    assert ids.tolist() == [[0, 3, 2]]
-    np.testing.assert_allclose(scores, [[1, 1, 0.6]])
-
-
-def test_the_judge_in_blocks_equals_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = exact_search(VECTORS, QUERIES, 10)
-    monkeypatch.setattr(index_module, "_QUERY_CELLS", COUNT * 7)
-    blocks = exact_search(VECTORS, QUERIES, 10)
-    np.testing.assert_allclose(blocks[0], whole[0], atol=1e-6)
-    assert (blocks[1] == whole[1]).mean() > 0.999
 
 
 @pytest.mark.parametrize("kind", EXACT)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from retrieval import topk
-from retrieval.topk import best, pack, unpack
+from retrieval.topk import best, best_keys, pack, unpack
 
 numbers = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]), st.floats(width=32))
 
@@ -47,3 +47,14 @@ def test_packed_keys_come_back_and_sort_by_falling_score(scores: np.ndarray, ids
     assert (numbers_back == np.where(np.isneginf(scores), -1, ids)).all()
     order = np.lexsort((ids, -(scores + 0)))
     assert (np.argsort(keys, kind="stable") == order).all()
+
+
+@given(hnp.arrays(np.uint64, (3, 4)), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2**64 - 1)), max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_best_keys_keeps_the_smallest_and_puts_the_largest_last(kept: np.ndarray, loose: list[tuple[int, int]]) -> None:
+    rows, keys = np.array([row for row, _ in loose], np.int64), np.array([key for _, key in loose], np.uint64)
+    found = best_keys(kept, rows, keys)
+    for row in range(3):
+        wanted = sorted(kept[row].tolist() + [key for at, key in loose if at == row])[:4]
+        assert sorted(found[row].tolist()) == wanted
+        assert found[row, -1] == wanted[-1]
