@@ -12,55 +12,35 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.checks import Floats, Mask, check_k, check_width, checked_mask, checked_rows
 from retrieval.exact import exact_search, renamed, scan
+from retrieval.int8 import Codes
+from retrieval.kinds import INT8, IndexConfig, resolve_kind
 from retrieval.topk import best, pack, unpack
 from tandem.core.errors import IncompatibleError, InputError, IntegrityError, NotFoundError, UnavailableError
 from tandem.core.folders import content_hash, file_hash, read_json, verify_files, whole_folder, write_json
 
 Ids = NDArray[np.int64]
 
-FLAT_BELOW: Final = 50_000
-HNSW_BELOW: Final = 200_000
+__all__ = ["IndexConfig", "VectorIndex"]
+
 _INDEX_FILE: Final = "index.faiss"
 _CARD_FILE: Final = "index.json"
-_LINKS: Final = 32
 _GPU_MAX_K: Final = 2_048
-
-
-@dataclass(frozen=True)
-class IndexConfig:
-    """`kind`: "auto", "flat", "hnsw", "ivf" or a faiss index_factory string.
-
-    Auto is exact (flat) below 50,000 vectors, HNSW below 200,000 and IVF from there on.
-
-    The index is tuned to the narrowest search whose recall@`k` on real queries reaches `target_recall`; `tuning_queries` bounds
-    how many of them are asked. `device`: "auto" uses a GPU when faiss and the machine have one, "cpu" never does.
-    """
-
-    kind: str = "auto"
-    target_recall: float = 0.98
-    k: int = 100
-    construction: int = 100
-    tuning_queries: int = 256
-    allow_empty: bool = False
-    device: Literal["auto", "cpu"] = "auto"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target_recall <= 1:
-            raise InputError(f"target_recall = {self.target_recall} is not a share in (0, 1]; 0.98 is the default")
-        if min(self.k, self.construction, self.tuning_queries) < 1:
-            raise InputError("index: k, construction and tuning_queries must each be 1 or more")
+_WIDEST_REFINE: Final = 16
 
 
 @dataclass(frozen=True, eq=False)
 class VectorIndex:
-    """A built, tuned, immutable index. `recall` was measured against exact search; `breadth` is efSearch or nprobe."""
+    """A built, tuned, immutable index. `recall` was measured against exact search; `breadth` is efSearch or nprobe.
+
+    `widen`: kinds that re-score (`...,RFlat`) do so with that many times k candidates.
+    """
 
     kind: str
     dimension: int
@@ -69,6 +49,8 @@ class VectorIndex:
     breadth: int
     config: IndexConfig
     index: Any = field(repr=False)
+    widen: int = 1
+    _codes: Codes | None = field(default=None, repr=False)
     _gpu: Any = field(default=None, repr=False)
     _gpu_turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -82,9 +64,10 @@ class VectorIndex:
         vectors = checked_rows(vectors, "vectors")
         if not len(vectors) and not config.allow_empty:
             raise InputError("no vectors to index; import items first, or set allow_empty to publish an empty index")
-        kind = resolve_kind(config.kind, len(vectors))
+        kind = resolve_kind(config.kind, len(vectors), vectors.shape[1], config.storage)
         index, gpu = _build_faiss(vectors, kind, config)
-        built = cls(kind, vectors.shape[1], len(vectors), 1.0, 0, config, index, gpu)
+        codes = Codes.of(vectors) if kind == INT8 else None
+        built = cls(kind, vectors.shape[1], len(vectors), 1.0, 0, config, index, _codes=codes, _gpu=gpu)
         asked = _sample(vectors if queries is None else checked_rows(queries, "queries"), config.tuning_queries)
         check_width(asked, built.dimension)
         return built._tuned(vectors, asked) if len(vectors) and len(asked) else built
@@ -121,6 +104,7 @@ class VectorIndex:
                 "count": self.count,
                 "recall": self.recall,
                 "breadth": self.breadth,
+                "widen": self.widen,
                 "config": asdict(self.config),
                 "sha256": file_hash(partial / _INDEX_FILE),
             }
@@ -141,24 +125,38 @@ class VectorIndex:
             )
         config = _read_config(card["config"])
         gpu = _to_gpu(index, card["kind"], config)
-        return cls(card["kind"], card["dimension"], card["count"], card["recall"], card["breadth"], config, index, gpu)
+        facts = {name: card[name] for name in ("kind", "dimension", "count", "recall", "breadth")}
+        loaded = cls(**facts, config=config, index=index, widen=card.get("widen", 1), _gpu=gpu)
+        return replace(loaded, _codes=Codes.of(loaded._stored())) if loaded.kind == INT8 else loaded
 
     def _tuned(self, vectors: Floats, queries: Floats) -> Self:
-        """Widen the search until its recall reaches the target; keep the widest where none does."""
+        """Widen the search until its recall reaches the target, and re-score no more than that takes; the widest if none does."""
         k = min(self.config.k, self.count)
         scores, _ = exact_search(vectors, queries, k)
-        tried = self
+        tried = replace(self, widen=_WIDEST_REFINE if _refines(self.index) else 1)
         for breadth in _breadths(self.index, k):
-            tried = replace(self, breadth=breadth)
-            recall = tried._recall(vectors, queries, scores[:, -1:], k)
-            tried = replace(tried, recall=recall)
-            if recall >= self.config.target_recall:
-                break
+            tried = replace(tried, breadth=breadth)._judged(vectors, queries, scores[:, -1:], k)
+            if tried.recall >= self.config.target_recall:
+                return tried._narrowed(vectors, queries, scores[:, -1:], k)
         return tried
+
+    def _narrowed(self, vectors: Floats, queries: Floats, worst: Floats, k: int) -> Self:
+        """The least re-scoring that still reaches the target."""
+        kept = self
+        while kept.widen > 1:
+            less = replace(kept, widen=kept.widen // 2)._judged(vectors, queries, worst, k)
+            if less.recall < self.config.target_recall:
+                break
+            kept = less
+        return kept
+
+    def _judged(self, vectors: Floats, queries: Floats, worst: Floats, k: int) -> Self:
+        return replace(self, recall=self._recall(vectors, queries, worst, k))
 
     def _recall(self, vectors: Floats, queries: Floats, worst: Floats, k: int) -> float:
         """Share of the answers that truly score at least the k-th best score; a tie with it counts as found."""
-        _, ids = self._ask(queries, k, None, self.breadth)
+        exactly = self.kind in ("Flat", INT8)
+        _, ids = self._exact(queries, k, None) if exactly else self._ask(queries, k, None, self.breadth)
         true = np.einsum("bd,bkd->bk", queries, vectors[np.maximum(ids, 0)])
         tolerance = 1e-5 * np.maximum(np.abs(worst), 1e-3)
         return float(np.mean((ids >= 0) & (true >= worst - tolerance)))
@@ -174,14 +172,17 @@ class VectorIndex:
 
     def _ask(self, queries: Floats, k: int, allowed: Mask | None, breadth: int) -> tuple[Floats, Ids]:
         """What faiss answers, unique and in order; -inf and -1 where it found nothing."""
+        widen = min(self.widen, max(1, self.count // k))
         if self._gpu is not None and allowed is None and k <= _GPU_MAX_K:
             with self._gpu_turn:  # one GPU resource serves one search at a time
-                scores, ids = self._gpu.search(queries, k, params=_parameters(self.index, breadth, None))
+                scores, ids = self._gpu.search(queries, k, params=_parameters(self.index, breadth, widen, None))
         else:
-            scores, ids = self.index.search(queries, k, params=_parameters(self.index, breadth, allowed))
+            scores, ids = self.index.search(queries, k, params=_parameters(self.index, breadth, widen, allowed))
         return unpack(np.sort(pack(np.where(ids >= 0, scores, -np.inf).astype(np.float32), np.maximum(ids, 0)), axis=1))
 
     def _exact(self, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
+        if self._codes is not None:
+            return self._codes.scan(self._stored(), queries, k, allowed)
         if self.kind == "Flat":
             return scan(self._stored(), queries, k, allowed)
         ids = np.arange(self.count) if allowed is None else np.flatnonzero(allowed)
@@ -198,24 +199,11 @@ class VectorIndex:
 
         A flat index on the CPU is always scanned here: in batches faiss's own scan takes several times longer.
         """
-        if self.kind == "Flat":
+        if self.kind in ("Flat", INT8):
             return self._gpu is None or eligible < self.count
         if eligible == self.count:
             return False
         return not _filters(self.index) or eligible * eligible <= _visited(self.index, self.breadth, self.count) * self.count
-
-
-def resolve_kind(kind: str, count: int) -> str:
-    """The index_factory string for `kind` over `count` vectors."""
-    lists = 1 << max(0, int(np.log2(max(min(4 * count**0.5, count / 39), 1))))
-    named = {"flat": "Flat", "hnsw": f"HNSW{_LINKS},Flat", "ivf": f"IVF{lists},Flat"}
-    if not count:
-        return "Flat"
-    if kind == "auto":
-        kind = "flat" if count < FLAT_BELOW else "hnsw" if count < HNSW_BELOW else "ivf"
-    if "IDMap" in kind:
-        raise InputError(f"index kind {kind!r} renames ids; rows are ids here: leave IDMap out")
-    return named.get(kind.lower(), kind)
 
 
 def _faiss() -> Any:
@@ -232,11 +220,11 @@ def _build_faiss(vectors: Floats, kind: str, config: IndexConfig) -> tuple[Any, 
     faiss = _faiss()
 
     try:
-        index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(vectors.shape[1], "Flat" if kind == INT8 else kind, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise InputError(
-            f"index kind {kind!r} is not a faiss index_factory string ({reason}); use auto, flat, hnsw or ivf"
+            f"index kind {kind!r} is not a faiss index_factory string ({reason}); use auto, flat, int8, hnsw, ivf or ivfpq"
         ) from None
     graph = _innermost(index)
     if isinstance(graph, faiss.IndexHNSW):
@@ -266,7 +254,7 @@ def _to_gpu(index: Any, kind: str, config: IndexConfig) -> Any:
     faiss = _faiss()
 
     able = config.device == "auto" and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-    if not able or not (kind == "Flat" or kind.startswith("IVF")):
+    if not able or not (kind == "Flat" or kind.startswith("IVF")):  # INT8 is for processors
         return None
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
 
@@ -283,16 +271,16 @@ def _innermost(index: Any) -> Any:
     return index
 
 
-def _parameters(index: Any, breadth: int, allowed: Mask | None) -> Any:
+def _parameters(index: Any, breadth: int, widen: int, allowed: Mask | None) -> Any:
     """Search parameters of one call, nested as the index is: nothing in the shared index is set."""
     faiss = _faiss()
 
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=_parameters(index.index, breadth, allowed))
+        return faiss.SearchParametersPreTransform(index_params=_parameters(index.index, breadth, widen, allowed))
     if isinstance(index, faiss.IndexRefine):
-        inner = _parameters(index.base_index, breadth, allowed)
-        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+        inner = _parameters(index.base_index, breadth, widen, allowed)
+        return faiss.IndexRefineSearchParameters(k_factor=widen, base_index_params=inner)
     chosen = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
     if isinstance(index, faiss.IndexIVF):
         return faiss.SearchParametersIVF(nprobe=min(max(breadth, 1), index.nlist), **chosen)
@@ -313,6 +301,12 @@ def _breadths(index: Any, k: int) -> Sequence[int]:
     return [0]
 
 
+def _refines(index: Any) -> bool:
+    """Does the kind look at float32 vectors in the end?"""
+    faiss = _faiss()
+    return isinstance(faiss.downcast_index(index), faiss.IndexRefine)
+
+
 def _filters(index: Any) -> bool:
     """Can this kind leave items out while it searches? The others are searched exactly when there is a filter."""
     faiss = _faiss()
@@ -328,7 +322,7 @@ def _visited(index: Any, breadth: int, count: int) -> int:
     if isinstance(inner, faiss.IndexIVF):
         return breadth * count // int(inner.nlist)
     if isinstance(inner, faiss.IndexHNSW):
-        return breadth * _LINKS
+        return breadth * int(inner.hnsw.nb_neighbors(0)) // 2
     return count // 8  # a linear scan of codes: decoding and gathering pays off when few are left
 
 

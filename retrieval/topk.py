@@ -49,9 +49,17 @@ def unpack(keys: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.in
     return scores, np.where(np.isneginf(scores), -1, (keys & _LOW).astype(np.int64))
 
 
+def in_order(
+    rows: NDArray[np.int64], ids: NDArray[np.int64], scores: NDArray[np.float32], count: int, k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k best of loose (row, id, score) triples, each (n,), per row: scores and ids (count, k), as `best` has them."""
+    nothing = pack(np.full((count, k), -np.inf, np.float32), np.zeros((count, k), np.int64))
+    return unpack(np.sort(best_keys(nothing, rows, pack(scores, ids)), axis=1))
+
+
 def best_keys(kept: NDArray[np.uint64], rows: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The k smallest per row, the largest last: of `kept` (B, k) and of loose `keys` (n,) that belong to `rows` (n,)."""
-    order = np.argsort(rows.astype(np.uint32), kind="stable")
+    order = np.argsort(rows.astype(np.min_scalar_type(len(kept))), kind="stable")  # 16 bits are sorted by radix
     rows, counts = rows[order], np.bincount(rows, minlength=len(kept))
     k = kept.shape[1]
     wide = np.full((len(kept), k + counts.max(initial=0)), np.iinfo(np.uint64).max, np.uint64)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from retrieval import exact
+from retrieval import exact, tiles
 from retrieval.exact import exact_search
 from retrieval.index import IndexConfig, VectorIndex
 from tandem.core.errors import InputError
@@ -18,8 +18,9 @@ from tandem.core.errors import InputError
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32 items in groups of 4 and blocks of 16 queries: 300 items are many tiles."""
-    for name, value in {"_TILE": 32, "_GROUP": 4, "_QUERIES": 16}.items():
-        monkeypatch.setattr(exact, name, value)
+    monkeypatch.setattr(tiles, "TILE", 32)
+    monkeypatch.setattr(tiles, "_GROUP", 4)
+    monkeypatch.setattr(exact, "QUERIES", 16)
 
 
 def sorted_by_hand(vectors: np.ndarray, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
