@@ -7,12 +7,15 @@ few queries or few items are scored directly, because there the score matrix is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval import tiles
+from retrieval import tiles, workers
 from retrieval.checks import Floats, Mask, check_k, check_width, checked_mask, checked_rows
 from retrieval.topk import best, in_order
 
@@ -45,8 +48,24 @@ def scan(vectors: Floats, queries: Floats, k: int, allowed: Mask | None = None) 
         return scores, renamed(found, places)
     if len(queries) < _DIRECT_QUERIES or len(vectors) < 4 * max(k, tiles.TILE):
         return _scan_directly(vectors, queries, k, allowed)
-    blocks = [_scan_block(vectors, queries[start : start + QUERIES], k, allowed) for start in range(0, len(queries), QUERIES)]
-    return np.concatenate([scores for scores, _ in blocks]), np.concatenate([ids for _, ids in blocks])
+    return in_blocks(lambda part, first, last: _near(vectors, queries[part], k, allowed, first, last), queries, len(vectors), k)
+
+
+def in_blocks(near: Callable[[slice, int, int], tiles.Near], queries: Floats, count: int, k: int) -> tuple[Floats, Ids]:
+    """Merge what `near(part of the queries, first item, end)` finds in blocks of queries and, for few queries, of items."""
+    parts = [slice(start, start + QUERIES) for start in range(0, len(queries), QUERIES)]
+    shares = max(1, min(workers.count() // len(parts), count // (4 * max(k, tiles.TILE))))
+    ends = [count * share // shares for share in range(shares + 1)]
+    spans = list(pairwise(ends))
+    found = workers.run([partial(near, part, first, last) for part in parts for first, last in spans])
+    blocks = [found[at : at + shares] for at in range(0, len(found), shares)]
+    answers = [in_order(*_joined(block), len(queries[part]), k) for part, block in zip(parts, blocks, strict=True)]
+    return np.concatenate([scores for scores, _ in answers]), np.concatenate([ids for _, ids in answers])
+
+
+def _joined(found: Sequence[tiles.Near]) -> tuple[Ids, Ids, Floats]:
+    queries, ids = np.concatenate([near.queries for near in found]), np.concatenate([near.ids for near in found])
+    return queries, ids, np.concatenate([near.scores for near in found])
 
 
 def renamed(places: Ids, ids: Ids) -> Ids:
@@ -66,16 +85,13 @@ def _scan_directly(vectors: Floats, queries: Floats, k: int, allowed: Mask | Non
     return scores, ids
 
 
-def _scan_block(vectors: Floats, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
-    """One block of queries against all tiles of items."""
+def _near(vectors: Floats, queries: Floats, k: int, allowed: Mask | None, first: int, end: int) -> tiles.Near:
+    """What may be among the k best of the items first..end-1."""
     import torch
 
     rows, columns = torch.from_numpy(vectors), torch.from_numpy(np.ascontiguousarray(queries.T))
 
-    def product(start: int, end: int, out: Any) -> None:
-        torch.mm(rows[start:end], columns, out=out)
+    def product(start: int, stop: int, out: Any) -> None:
+        torch.mm(rows[start:stop], columns, out=out)
 
-    near = tiles.scan(product, torch.empty((tiles.TILE, len(queries))), len(vectors), k, allowed)
-    if near is None:
-        return _scan_directly(vectors, queries, k, allowed)
-    return in_order(near.queries, near.ids, near.scores, len(queries), k)
+    return tiles.scan(product, torch.empty((tiles.TILE, len(queries))), first, end, k, allowed)

@@ -8,7 +8,7 @@ every item within twice that bound of the k-th best, and those few are scored in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final, Self
 
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from retrieval import exact, tiles
 from retrieval.checks import Floats, Mask
-from retrieval.topk import in_order
 
 Ids = NDArray[np.int64]
 Doubles = NDArray[np.float64]
@@ -61,28 +60,34 @@ class Codes:
         Left to the float32 scan: few allowed items, many coordinates, and processors where it is the faster one.
         """
         rare = allowed is not None and 2 * np.count_nonzero(allowed) < len(vectors)
-        if rare or len(vectors) < 4 * max(k, tiles.TILE) or vectors.shape[1] > _WIDEST or not multiplies_int8():
+        if (
+            rare
+            or not len(queries)
+            or len(vectors) < 4 * max(k, tiles.TILE)
+            or vectors.shape[1] > _WIDEST
+            or not multiplies_int8()
+        ):
             return exact.scan(vectors, queries, k, allowed)
-        step = exact.QUERIES
-        blocks = [self._scan_block(vectors, queries[at : at + step], k, allowed) for at in range(0, len(queries), step)]
-        nothing = np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-        scores, ids = zip(nothing, *blocks, strict=True)
-        return np.concatenate(scores), np.concatenate(ids)
+        try:
+            return exact.in_blocks(
+                lambda part, first, last: self._near(vectors, queries[part], k, allowed, first, last), queries, len(vectors), k
+            )
+        except tiles.TooManyError:
+            return exact.scan(vectors, queries, k, allowed)
 
-    def _scan_block(self, vectors: Floats, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
+    def _near(self, vectors: Floats, queries: Floats, k: int, allowed: Mask | None, first: int, end: int) -> tiles.Near:
+        """What may be among the k best of the items first..end-1, with true scores."""
         import torch
 
         columns, slack = self._rounded(queries)
         rows, turned = torch.from_numpy(self.rows), torch.from_numpy(columns)
 
-        def product(start: int, end: int, out: Any) -> None:
-            torch._int_mm(rows[start:end], turned, out=out)
+        def product(start: int, stop: int, out: Any) -> None:
+            torch._int_mm(rows[start:stop], turned, out=out)
 
         tile = torch.empty((tiles.TILE, len(queries)), dtype=torch.int32)
-        near = tiles.scan(product, tile, len(vectors), k, allowed, slack)
-        if near is None:
-            return exact.scan(vectors, queries, k, allowed)
-        return in_order(near.queries, near.ids, _true_scores(vectors, queries, near), len(queries), k)
+        near = tiles.scan(product, tile, first, end, k, allowed, slack)
+        return replace(near, scores=_true_scores(vectors, queries, near))
 
     def _rounded(self, queries: Floats) -> tuple[NDArray[np.int8], Floats]:
         """Queries in whole numbers (D, B) int8, and how much (B,) a score may differ from the k-th best's to count, in steps.

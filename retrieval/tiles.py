@@ -10,7 +10,7 @@ whatever else scores at most `slack` below the k-th best: room for scores that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,11 +24,17 @@ Ids = NDArray[np.int64]
 Product = Callable[[int, int, Any], None]
 """product(start, end, out): write the scores of the items start..end-1 into `out` (end - start, B)."""
 
-TILE: Final = 1_024
+TILE: Final = 2_048
 _GROUP: Final = 16
+_LOOK_AT: Final = 32
+_MOST_LOOKS: Final = 8
 _TOO_MANY: Final = 64
 _LOWEST: Final = float(np.finfo(np.float32).min)
-_LOWEST_WHOLE: Final = -2e9
+_LOWEST_WHOLE: Final = -2_000_000_000
+
+
+class TooManyError(Exception):
+    """The slack keeps so many items that estimating them saves nothing; never leaves `retrieval`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,26 +47,41 @@ class Near:
 
 
 def scan(
-    product: Product, tile: Any, count: int, k: int, allowed: Mask | None = None, slack: Floats | None = None
-) -> Near | None:
-    """Everything that scores within `slack` (B,) of the k-th best of `count` items, of those in `allowed` (count,) if given.
+    product: Product, tile: Any, first: int, last: int, k: int, allowed: Mask | None = None, slack: Floats | None = None
+) -> Near:
+    """Everything that scores within `slack` (B,) of the k-th best of the items first..last-1, of those in `allowed` (N,).
 
-    `tile` (T, B), a tensor of float32 or int32, is the room to work in; T is a multiple of 16. None when much more than k items
-    per query come together, which happens only where so many scores lie within the slack.
+    `tile` (T, B), a tensor of float32 or int32, is the room to work in; T is a multiple of 16. Raises TooManyError when much
+    more than k items per query come together, which happens only where so many scores lie within the slack.
     """
     near = _Running(tile.shape[1], k, tile.dtype.is_floating_point, slack)
-    for start in range(0, count, len(tile)):
-        end = min(start + len(tile), count)
+
+    def fill(start: int) -> None:
+        end = min(start + len(tile), last)
         product(start, end, tile[: end - start])
         tile[end - start :] = near.barred
         if allowed is not None:
             tile[np.flatnonzero(~allowed[start:end])] = near.barred
-        if not start:
-            near.expect(tile)
+
+    starts = range(first, last, len(tile))
+    near.expect(_groups_best(fill, starts[: min(max(len(starts) // _LOOK_AT, 1), _MOST_LOOKS)], tile))
+    for start in starts:
+        fill(start)
         near.take(start, *_reaching(tile, near.least))
-        if near.size > _TOO_MANY * k * tile.shape[1]:
-            return None
+        if slack is not None and near.size > _TOO_MANY * k * tile.shape[1]:
+            raise TooManyError
     return near.settled()
+
+
+def _groups_best(fill: Callable[[int], None], starts: Sequence[int], tile: Any) -> Any:
+    """Maxima (G, B) of the groups of the first tiles. The k-th best of them bounds the k-th best of all: k items reach it."""
+    import torch
+
+    found = []
+    for start in starts:
+        fill(start)
+        found.append(tile.view(-1, _GROUP, tile.shape[1]).amax(1))
+    return torch.cat(found)
 
 
 def _reaching(tile: Any, least: Any) -> tuple[Ids, Ids, Floats]:
@@ -85,21 +106,24 @@ class _Running:
         import torch
 
         self.barred: float = -np.inf if real else torch.iinfo(torch.int32).min
-        self._lowest = _LOWEST if real else _LOWEST_WHOLE
-        self.least = torch.full((queries,), self._lowest)
+        self._lowest: float = _LOWEST if real else _LOWEST_WHOLE
+        self._real = real
+        self.least = (
+            torch.full((queries,), self._lowest) if real else torch.full((queries,), int(self._lowest), dtype=torch.int32)
+        )
         self.size = 0
         self._none = pack(np.full((queries, k), -np.inf, np.float32), np.zeros((queries, k), np.int64))
         self._slack = slack
         self._kept = Near(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
         self._new: list[Near] = []
 
-    def expect(self, tile: Any) -> None:
-        """Begin with the first tile's k-th best, where it has k."""
+    def expect(self, scores: Any) -> None:
+        """Begin with the k-th best of those scores (n, B) of different items, where there are k."""
         import torch
 
         k = self._none.shape[1]
-        if k <= len(tile):
-            self._raise(torch.topk(tile, k, dim=0).values[-1].float().numpy())
+        if k <= len(scores):
+            self._raise(torch.topk(scores, k, dim=0).values[-1].float().numpy())
 
     def take(self, start: int, rows: Ids, queries: Ids, scores: Floats) -> None:
         """Note scores of the items start + rows; tiles come by ascending id."""
@@ -115,16 +139,17 @@ class _Running:
         parts = [self._kept, *self._new]
         near = Near(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("queries", "ids", "scores")))
         kth, _ = unpack(best_keys(self._none, near.queries, pack(near.scores, near.ids))[:, -1])
-        self._raise(kth)
-        counts = near.scores >= self.least.numpy()[near.queries]
+        counts = near.scores >= self._raise(kth)[near.queries]
         self._kept = Near(near.queries[counts], near.ids[counts], near.scores[counts])
         self._new, self.size = [], len(self._kept.ids)
         if self._slack is None:
             self.least = torch.nextafter(self.least, torch.tensor(torch.inf))
         return self._kept
 
-    def _raise(self, kth: Floats) -> None:
+    def _raise(self, kth: Floats) -> Floats:
+        """Let scores count from what the k-th best ones (B,) leave room for; in the tile's own type, which compares quickest."""
         import torch
 
-        bound = kth if self._slack is None else kth - self._slack
-        self.least = torch.from_numpy(np.maximum(bound, np.float32(self._lowest)))
+        bound = np.maximum(kth if self._slack is None else kth - self._slack, np.float32(self._lowest))
+        self.least = torch.from_numpy(bound if self._real else np.ceil(bound).astype(np.int32))
+        return bound

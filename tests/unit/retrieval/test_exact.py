@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from retrieval import exact, tiles
+from retrieval import exact, tiles, workers
 from retrieval.exact import exact_search
 from retrieval.index import IndexConfig, VectorIndex
 from tandem.core.errors import InputError
@@ -110,3 +110,15 @@ def test_numbers_that_have_no_inner_product_are_refused(value: float) -> None:
     with pytest.raises(InputError, match=r"rows \[17\]"):
         exact_search(vectors, np.ones((1, 4), np.float32), 3)
     assert np.isfinite(exact_search(np.full((2, 4), 1e17, np.float32), np.full((1, 4), 1e17, np.float32), 1)[0]).all()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("queries", [9, 37])
+@pytest.mark.parametrize("share", [None, 0.7])
+def test_workers_that_share_the_items_find_the_same(queries: int, share: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(5)
+    vectors, asked = noise.integers(-2, 3, (701, 5)).astype(np.float32), noise.integers(-3, 4, (queries, 5)).astype(np.float32)
+    allowed = None if share is None else noise.random(701) < share
+    monkeypatch.setattr(workers, "count", lambda: 4)
+    for found, wanted in zip(exact_search(vectors, asked, 20, allowed), sorted_by_hand(vectors, asked, 20, allowed), strict=True):
+        np.testing.assert_array_equal(found, wanted)

@@ -91,6 +91,6 @@ def test_zeros_and_no_queries_are_answered() -> None:
 
 def test_a_processor_without_int8_gets_the_float32_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "multiplies_int8", lambda: False)
-    monkeypatch.setattr(Codes, "_scan_block", None)
+    monkeypatch.setattr(Codes, "_near", None)
     vectors = drawn("plain", 1_500, 8, 5)
     np.testing.assert_array_equal(Codes.of(vectors).scan(vectors, vectors[:20], 7)[1], exact_search(vectors, vectors[:20], 7)[1])
