@@ -59,9 +59,12 @@ class TextEncoder:
     `dtype`: "float32", "bfloat16", or "auto": bfloat16 where the processor multiplies it natively, float32 elsewhere
     (measured: without it, bfloat16 runs at a third of the speed of float32). `.dtype` says what it became.
     `pooling`: "mean", "cls" or "last"; None reads the model's own 1_Pooling/config.json.
+    `dimension`: keep that many leading coordinates and bring them back to length 1, for models trained so (Matryoshka); None
+    keeps all. `prefix` and `query_prefix` stand before each text, and before each that is encoded `as_query`: what the model's
+    page asks for, "passage: " and "query: " say, or an instruction.
     `batch_tokens`: texts in a batch times the longest of them. `cache`: folder of cached vectors; None keeps none.
-    Attributes: `fingerprint` (weights, tokenizer, pooling, max_tokens, dtype), `dimension`, `max_tokens`,
-    `encoded` (texts that the last call really encoded).
+    Attributes: `fingerprint` (weights, tokenizer and every setting that changes a vector), `dimension`, `max_tokens`, `encoded`
+    (texts that the last call really encoded).
     Raises InputError for a model that cannot be used, UnavailableError for one that cannot be had.
     """
 
@@ -72,6 +75,9 @@ class TextEncoder:
         device: str = "cpu",
         dtype: str = "auto",
         pooling: str | None = None,
+        dimension: int | None = None,
+        prefix: str = "",
+        query_prefix: str = "",
         batch_tokens: int = 2_048,
         max_tokens: int = 128,
         cache: Path | None = None,
@@ -88,19 +94,24 @@ class TextEncoder:
         self.pooling = pooling or _sniff_pooling(self._folder, config)
         _check_choice("pooling", self.pooling, _POOLINGS)
         self.max_tokens = min(max_tokens, _longest_input(self._folder, config))
-        self.dimension = _dimension(model, config)
+        self.dimension = _cut(dimension, _dimension(model, config), model)
+        self.prefix, self.query_prefix = prefix, query_prefix
+        self._changed = {
+            name: value for name, value in (("dimension", dimension), ("prefix", prefix), ("query", query_prefix)) if value
+        }
         self.fingerprint = self._make_fingerprint()
         self.encoded = 0
         self._cache = VectorCache(cache / self.fingerprint if cache is not None else None, self.dimension)
         self._loaded: tuple[Any, Any] | None = None
         self._lock = threading.Lock()
 
-    def encode(self, texts: Sequence[str], progress: Progress | None = None) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], progress: Progress | None = None, *, as_query: bool = False) -> NDArray[np.float32]:
         """Unit vectors (len(texts), D) float32, in the order given; equal texts are encoded once.
 
         `progress(done, total)` counts texts that are not in the cache. Finished chunks are kept when the run is killed.
         """
-        clean = [_clean(text, self.max_tokens) for text in texts]
+        before = self.query_prefix if as_query else self.prefix
+        clean = [before + _clean(text, self.max_tokens) for text in texts]
         keys = [text_key(text, self.fingerprint) for text in clean]
         with self._lock:
             self._cache.refresh()
@@ -110,11 +121,12 @@ class TextEncoder:
                 self._cache.forget()
         return _unit(vectors.astype(np.float32))
 
-    def truncates(self, text: str) -> bool:
+    def truncates(self, text: str, *, as_query: bool = False) -> bool:
         """Is the text longer than the model reads? What lies beyond `max_tokens` has no part in its vector."""
         with self._lock:
             tokenizer, _ = self._load()
-            return len(tokenizer(_clean(text, self.max_tokens))["input_ids"]) > self.max_tokens
+            before = self.query_prefix if as_query else self.prefix
+            return len(tokenizer(before + _clean(text, self.max_tokens))["input_ids"]) > self.max_tokens
 
     def _encode_missing(self, texts: list[str], keys: list[bytes], progress: Progress | None) -> None:
         missing = sorted(self._cache.missing(keys), key=lambda row: (len(texts[row]), keys[row]))
@@ -142,7 +154,7 @@ class TextEncoder:
             with torch.inference_mode():
                 hidden = model(**on_device).last_hidden_state
                 pooled = pool(hidden.float(), on_device["attention_mask"], self.pooling)
-            yield places, _unit(pooled.cpu().numpy())
+            yield places, _unit(pooled.cpu().numpy()[:, : self.dimension])
 
     def _tokens(self, tokenizer: Any, texts: list[str]) -> list[list[int]]:
         """Token ids per text; one that has no token at all is read as the placeholder."""
@@ -162,7 +174,7 @@ class TextEncoder:
         names = sorted(path.name for path in self._folder.glob("*.safetensors"))
         names += ["config.json", *(name for name in _TOKENIZER_FILES if (self._folder / name).is_file())]
         parts = {name: file_hash(self._folder / name) for name in names}
-        settings = {"pooling": self.pooling, "max_tokens": self.max_tokens, "dtype": self.dtype}
+        settings = {"pooling": self.pooling, "max_tokens": self.max_tokens, "dtype": self.dtype, **self._changed}
         return content_hash({"files": parts, "settings": settings})[:32]
 
 
@@ -291,6 +303,15 @@ def _dimension(model: str, config: dict[str, Any]) -> int:
         if name in _text_config(config):
             return int(_text_config(config)[name])
     raise InputError(f"model {model!r}: config.json names no hidden_size; use a text encoder or decoder")
+
+
+def _cut(dimension: int | None, whole: int, model: str) -> int:
+    """How many coordinates are kept of `whole`."""
+    if dimension is not None and not 1 <= dimension <= whole:
+        raise InputError(
+            f"dimension = {dimension} is outside 1..{whole}, which is what model {model!r} gives; leave it out for all"
+        )
+    return dimension or whole
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,49 @@ def test_companions_in_a_batch_do_not_change_a_vector(name: str, dtype: str, req
     assert (together * alone).sum(axis=1).min() > 0.999
 
 
+@pytest.mark.parametrize("name", ["bert", "qwen"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_prefixes_stand_before_every_text(name: str, pooling: str, request: pytest.FixtureRequest) -> None:
+    folder, tokenizer = request.getfixturevalue(name), word_pieces() if name == "bert" else byte_pieces()
+    encoder = TextEncoder(
+        str(folder), dtype="float32", pooling=pooling, max_tokens=40, prefix="text: ", query_prefix="按主题查找: "
+    )
+    for as_query, prefix in ((False, "text: "), (True, "按主题查找: ")):
+        vectors = encoder.encode(TEXTS, as_query=as_query)
+        for text, vector in zip(TEXTS, vectors, strict=True):
+            np.testing.assert_allclose(vector, encoded_alone(folder, prefix + text.strip(), pooling, tokenizer), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen"])
+def test_a_cut_vector_is_the_whole_ones_beginning_at_length_one(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = str(request.getfixturevalue(name))
+    whole = TextEncoder(folder, dtype="float32").encode(TEXTS)
+    encoder = TextEncoder(folder, dtype="float32", dimension=12, cache=tmp_path)
+    for _ in ("from the model", "from the cache"):
+        cut = encoder.encode(TEXTS)
+        assert cut.shape == (len(TEXTS), encoder.dimension) == (len(TEXTS), 12)
+        wanted = whole[:, :12] / np.linalg.norm(whole[:, :12], axis=1, keepdims=True)
+        np.testing.assert_allclose(cut, wanted, atol=1e-3)
+        np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, atol=1e-6)
+    assert encoder.encoded == 0
+
+
+@pytest.mark.parametrize("dimension", [0, -1, 33])
+def test_a_cut_that_the_model_does_not_have_is_refused(bert: Path, dimension: int) -> None:
+    with pytest.raises(InputError, match=rf"dimension = {dimension} is outside 1..32"):
+        TextEncoder(str(bert), dimension=dimension)
+
+
+def test_a_query_and_an_item_of_the_same_words_are_cached_apart(bert: Path, tmp_path: Path) -> None:
+    encoder = TextEncoder(str(bert), query_prefix="query: ", cache=tmp_path)
+    item, query = encoder.encode(["the sea"]), encoder.encode(["the sea"], as_query=True)
+    assert encoder.encoded == 1
+    assert not np.allclose(item, query, atol=1e-3)
+    assert (TextEncoder(str(bert), query_prefix="query: ", cache=tmp_path).encode(["the sea"], as_query=True) == query).all()
+
+
 def test_minilm_knows_what_texts_mean(minilm: TextEncoder) -> None:
     texts = [
         "a film about space travel",
@@ -232,6 +275,8 @@ def test_the_fingerprint_follows_everything_that_changes_a_vector(copy: Path) ->
     assert TextEncoder(str(copy), dtype="bfloat16", max_tokens=40).fingerprint != plain
     assert TextEncoder(str(copy), dtype="float32", max_tokens=41).fingerprint != plain
     assert TextEncoder(str(copy), dtype="float32", max_tokens=40, pooling="cls").fingerprint != plain
+    for setting in ({"prefix": "a"}, {"query_prefix": "a"}, {"dimension": 9}):
+        assert TextEncoder(str(copy), dtype="float32", max_tokens=40, **setting).fingerprint != plain
     assert TextEncoder(str(copy), dtype="float32", max_tokens=40, batch_tokens=7).fingerprint == plain
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["normalizer"]["lowercase"] = True
