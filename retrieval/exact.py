@@ -22,7 +22,7 @@ from retrieval.topk import best, in_order
 Ids = NDArray[np.int64]
 
 _DIRECT_CELLS: Final = 4_000_000
-_DIRECT_QUERIES: Final = 8
+DIRECT_QUERIES: Final = 4
 QUERIES: Final = 256
 
 
@@ -46,7 +46,7 @@ def scan(vectors: Floats, queries: Floats, k: int, allowed: Mask | None = None) 
         places = np.flatnonzero(allowed)
         scores, found = scan(vectors[places], queries, k)
         return scores, renamed(found, places)
-    if len(queries) < _DIRECT_QUERIES or len(vectors) < 4 * max(k, tiles.TILE):
+    if len(queries) < DIRECT_QUERIES or len(vectors) < 4 * max(k, tiles.TILE):
         return _scan_directly(vectors, queries, k, allowed)
     return in_blocks(lambda part, first, last: _near(vectors, queries[part], k, allowed, first, last), queries, len(vectors), k)
 
@@ -61,6 +61,11 @@ def in_blocks(near: Callable[[slice, int, int], tiles.Near], queries: Floats, co
     blocks = [found[at : at + shares] for at in range(0, len(found), shares)]
     answers = [in_order(*_joined(block), len(queries[part]), k) for part, block in zip(parts, blocks, strict=True)]
     return np.concatenate([scores for scores, _ in answers]), np.concatenate([ids for _, ids in answers])
+
+
+def rows_of_tile(queries: int) -> int:
+    """Fewer queries leave room for more items at a time."""
+    return tiles.TILE * max(1, QUERIES // queries)
 
 
 def _joined(found: Sequence[tiles.Near]) -> tuple[Ids, Ids, Floats]:
@@ -94,4 +99,4 @@ def _near(vectors: Floats, queries: Floats, k: int, allowed: Mask | None, first:
     def product(start: int, stop: int, out: Any) -> None:
         torch.mm(rows[start:stop], columns, out=out)
 
-    return tiles.scan(product, torch.empty((tiles.TILE, len(queries))), first, end, k, allowed)
+    return tiles.scan(product, torch.empty((rows_of_tile(len(queries)), len(queries))), first, end, k, allowed)

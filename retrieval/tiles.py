@@ -10,7 +10,7 @@ whatever else scores at most `slack` below the k-th best: room for scores that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,6 +54,8 @@ def scan(
     `tile` (T, B), a tensor of float32 or int32, is the room to work in; T is a multiple of 16. Raises TooManyError when much
     more than k items per query come together, which happens only where so many scores lie within the slack.
     """
+    import torch
+
     near = _Running(tile.shape[1], k, tile.dtype.is_floating_point, slack)
 
     def fill(start: int) -> None:
@@ -64,29 +66,32 @@ def scan(
             tile[np.flatnonzero(~allowed[start:end])] = near.barred
 
     starts = range(first, last, len(tile))
-    near.expect(_groups_best(fill, starts[: min(max(len(starts) // _LOOK_AT, 1), _MOST_LOOKS)], tile))
+    looks = min(len(starts) // _LOOK_AT, _MOST_LOOKS)
+    if looks:
+        near.expect(torch.cat([_maxima(fill, start, tile) for start in starts[:looks]]))
     for start in starts:
         fill(start)
+        if start == first and not looks:
+            near.expect(_groups(tile).amax(1))
         near.take(start, *_reaching(tile, near.least))
         if slack is not None and near.size > _TOO_MANY * k * tile.shape[1]:
             raise TooManyError
     return near.settled()
 
 
-def _groups_best(fill: Callable[[int], None], starts: Sequence[int], tile: Any) -> Any:
-    """Maxima (G, B) of the groups of the first tiles. The k-th best of them bounds the k-th best of all: k items reach it."""
-    import torch
+def _maxima(fill: Callable[[int], None], start: int, tile: Any) -> Any:
+    """Maxima (G, B) of a tile's groups. The k-th best of such maxima bounds the k-th best score of all: k items reach it."""
+    fill(start)
+    return _groups(tile).amax(1)
 
-    found = []
-    for start in starts:
-        fill(start)
-        found.append(tile.view(-1, _GROUP, tile.shape[1]).amax(1))
-    return torch.cat(found)
+
+def _groups(tile: Any) -> Any:
+    return tile.view(-1, _GROUP, tile.shape[1])
 
 
 def _reaching(tile: Any, least: Any) -> tuple[Ids, Ids, Floats]:
     """(row in the tile, query, score) of every score (T, B) that is at least `least` (B,): groups first, then within them."""
-    groups = tile.view(-1, _GROUP, tile.shape[1])
+    groups = _groups(tile)
     group, query = _true_places(groups.amax(1) >= least)
     values = groups[group, :, query]
     pair, place = _true_places(values >= least[query, None])
