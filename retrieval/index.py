@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from retrieval.checks import Floats, Mask, check_k, check_width, checked_mask, checked_rows
 from retrieval.exact import exact_search, renamed, scan
 from retrieval.int8 import Codes
-from retrieval.kinds import INT8, IndexConfig, resolve_kind
+from retrieval.kinds import INT8, NAMES, IndexConfig, resolve_kind
 from retrieval.topk import best, pack, unpack
 from tandem.core.errors import IncompatibleError, InputError, IntegrityError, NotFoundError, UnavailableError
 from tandem.core.folders import content_hash, file_hash, read_json, verify_files, whole_folder, write_json
@@ -224,7 +224,7 @@ def _build_faiss(vectors: Floats, kind: str, config: IndexConfig) -> tuple[Any, 
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise InputError(
-            f"index kind {kind!r} is not a faiss index_factory string ({reason}); use auto, flat, int8, hnsw, ivf or ivfpq"
+            f"index kind {kind!r} is not a faiss index_factory string ({reason}); use one of {', '.join(NAMES)}"
         ) from None
     graph = _innermost(index)
     if isinstance(graph, faiss.IndexHNSW):

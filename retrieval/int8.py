@@ -58,16 +58,11 @@ class Codes:
     def scan(self, vectors: Floats, queries: Floats, k: int, allowed: Mask | None = None) -> tuple[Floats, Ids]:
         """The k best of `vectors` (N, D), whose codes these are; of the items that `allowed` (N,) names, if given.
 
-        Left to the float32 scan: few allowed items, many coordinates, and processors where it is the faster one.
+        Left to the float32 scan: few queries, few items, many coordinates, and processors where it is the faster one.
         """
-        rare = allowed is not None and 2 * np.count_nonzero(allowed) < len(vectors)
-        if (
-            rare
-            or not len(queries)
-            or len(vectors) < 4 * max(k, tiles.TILE)
-            or vectors.shape[1] > _WIDEST
-            or not multiplies_int8()
-        ):
+        eligible = len(vectors) if allowed is None else int(np.count_nonzero(allowed))
+        few = len(queries) < exact.DIRECT_QUERIES or eligible < max(len(vectors) // 2, 4 * k, 4 * tiles.TILE)
+        if few or vectors.shape[1] > _WIDEST or not multiplies_int8():
             return exact.scan(vectors, queries, k, allowed)
         try:
             return exact.in_blocks(

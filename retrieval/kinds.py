@@ -22,7 +22,7 @@ INT8: Final = "Int8"
 FLAT_BELOW: Final = 50_000
 _LINKS: Final = 32
 _STORED: Final = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}
-_NAMES: Final = ("auto", "flat", "int8", "hnsw", "ivf", "ivfpq")
+NAMES: Final = ("auto", "flat", "int8", "hnsw", "ivf", "ivfpq")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ SHAPES = ["plain", "unit", "uneven coordinates", "uneven lengths", "one coordina
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", [None, 0.8, 0.1])
-@pytest.mark.parametrize(("queries", "k"), [(1, 10), (37, 1), (37, 90)])
+@pytest.mark.parametrize(("queries", "k"), [(1, 10), (5, 10), (37, 1), (37, 90)])
 def test_the_answers_are_the_judges(shape: str, share: float | None, queries: int, k: int) -> None:
     vectors, asked = drawn(shape, 1_500, 24, 0), drawn(shape, queries, 24, 1)
     allowed = None if share is None else np.random.default_rng(2).random(1_500) < share
