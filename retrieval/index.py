@@ -33,6 +33,8 @@ _INDEX_FILE: Final = "index.faiss"
 _CARD_FILE: Final = "index.json"
 _GPU_MAX_K: Final = 2_048
 _WIDEST_REFINE: Final = 16
+_ROUNDS: Final = 8
+_POINTS_PER_CENTRE: Final = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +231,8 @@ def _build_faiss(vectors: Floats, kind: str, config: IndexConfig) -> tuple[Any, 
     graph = _innermost(index)
     if isinstance(graph, faiss.IndexHNSW):
         graph.hnsw.efConstruction = config.construction
+    if isinstance(graph, faiss.IndexIVF):
+        graph.cp.niter, graph.cp.max_points_per_centroid = _ROUNDS, _POINTS_PER_CENTRE
     gpu = _to_gpu(index, kind, config)
     with _threads(1 if isinstance(graph, faiss.IndexHNSW) else faiss.omp_get_max_threads()):
         _fill(index if gpu is None else gpu, vectors, kind)
