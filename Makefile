@@ -9,6 +9,7 @@ EXTRA ?= cpu
 SIZE ?= small
 KIND ?=
 DATA ?=
+PEERS ?=
 WORKSPACE ?= $(if $(KIND),workspaces/$(KIND),workspace)
 
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ TO_RUN := $(VENV)/.installed-$(EXTRA)
 TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
 ALL_TESTS := --numprocesses 2 --dist loadfile --cov --cov-report=term
 
-.PHONY: demo test lint accept bench clean
+.PHONY: demo test lint accept bench bench-retrieval clean
 
 demo: $(TO_RUN)
 	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
@@ -36,6 +37,9 @@ accept: $(TO_TEST)
 
 bench: $(TO_TEST)
 	$(BIN)/python tests/benchmarks/run.py
+
+bench-retrieval: $(TO_TEST)  # with PEERS=folder, where hnswlib and usearch were installed by `pip install --target`
+	PYTHONPATH="$(PEERS)" $(BIN)/python -P tests/benchmarks/retrieval.py
 
 clean:  # workspaces stay: they hold data
 	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
