@@ -38,6 +38,7 @@ from feature_repo.erase import erase_user
 from feature_repo.live import OPTIONAL, EventGate
 from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS
+from tandem.service.follow import Follower
 from tandem.service.problems import BAD_HOST, BAD_KEY, INVALID, NO_KEY, STARTING, Guard, Refused, install, log_line, request_id_of
 from tandem.service.recommend import Recommender, Slate
 from tandem.service.schemas import (
@@ -59,6 +60,7 @@ from tandem.service.schemas import (
 from tandem.service.settings import Settings
 
 DRAIN_SECONDS: Final = 1.0
+_LAST_REQUEST_S: Final = 30.0
 _LOCAL_NAMES: Final = ("127.0.0.1", "localhost", "::1")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _HOST: Final = re.compile(r"(?:(?P<name>[a-z0-9._-]+)|\[(?P<six>[0-9a-f:.]+)\])(?::[0-9]{1,5})?")
@@ -100,8 +102,10 @@ class Metrics:
 class Service:
     """What the routes share: settings, the recommender once it is open, metrics, and whether to send requests here."""
 
-    def __init__(self, settings: Settings, recommender: Recommender | None) -> None:
+    def __init__(self, settings: Settings, recommender: Recommender | None, follow: bool) -> None:
         self.settings = settings
+        self._follower = Follower(settings, lambda: self.release, self.swap, settings.service.follow_seconds) if follow else None
+        self._retired: list[tuple[threading.Timer, Recommender]] = []
         self.metrics = Metrics()
         self.phase: Phase = "starting"
         self._recommender = recommender
@@ -135,6 +139,19 @@ class Service:
         self._recommender.warm()
         self.metrics.release.labels(self._recommender.release).set(1)
         self.turn("ready")
+        if self._follower is not None:
+            self._follower.start()
+
+    def swap(self, recommender: Recommender) -> None:
+        """Let another release answer from the next request on; the old one is closed when its last request must be over."""
+        old, self._recommender = self.recommender, recommender
+        self.metrics.release.labels(old.release).set(0)
+        self.metrics.release.labels(recommender.release).set(1)
+        log_line("release_swapped", release=recommender.release, before=old.release)
+        closing = threading.Timer(_LAST_REQUEST_S, old.close)
+        closing.daemon = True
+        self._retired.append((closing, old))
+        closing.start()
 
     def turn(self, phase: Phase) -> None:
         if phase == self.phase:
@@ -145,7 +162,12 @@ class Service:
 
     def close(self) -> None:
         self.turn("draining")
-        if self._opened_here and self._recommender is not None:
+        if self._follower is not None and self._recommender is not None:
+            self._follower.stop()
+        for closing, old in self._retired:
+            closing.cancel()
+            old.close()
+        if self._recommender is not None and (self._opened_here or self._retired):
             self._recommender.close()
 
     def checked(self, k: int) -> int:
@@ -292,14 +314,16 @@ def metrics(service: Here) -> Response:
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def create_app(settings: Settings, recommender: Recommender | None = None) -> FastAPI:
+def create_app(settings: Settings, recommender: Recommender | None = None, *, follow: bool = False) -> FastAPI:
     """The application. Without a `recommender` it opens the champion at start, and closes it at the end.
+
+    With `follow` a promotion or rollback takes effect every `service.follow_seconds`, between two requests.
 
     Raises InputError when a key is not a SHA-256 hash, or when there are no keys and `service.host` is not a loopback address.
     """
     check_keys(settings)
     app = FastAPI(title="Tandem", version="1", lifespan=_life, docs_url=None, redoc_url=None, dependencies=[Depends(known_host)])
-    app.state.service = service = Service(settings, recommender)
+    app.state.service = service = Service(settings, recommender, follow and settings.service.follow_seconds > 0)
     app.include_router(open_routes)
     app.include_router(routes)
     app.add_api_route("/metrics", metrics, include_in_schema=False, dependencies=[Depends(key_given)], response_class=Response)

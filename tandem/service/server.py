@@ -61,7 +61,7 @@ def _run_one(settings: Settings, announce: Announce) -> None:
     with _bound(settings.service.host, settings.service.port) as bound:
         recommender = open_recommender(settings)
         try:
-            config = uvicorn.Config(create_app(settings, recommender), **_options(settings))
+            config = uvicorn.Config(create_app(settings, recommender, follow=True), **_options(settings))
             announce(_url(settings, bound.getsockname()[1]), recommender.release)
             uvicorn.Server(config).run(sockets=[bound])
         except KeyboardInterrupt:
@@ -95,7 +95,7 @@ def _run_many(settings: Settings, workers: int, announce: Announce) -> None:
 def worker_app() -> FastAPI:
     """What each of several processes runs: it loads the champion of $TANDEM_HOME by itself."""
     log_to_stderr()
-    return create_app(load_settings())
+    return create_app(load_settings(), follow=True)
 
 
 def _options(settings: Settings) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class RerankSettings:
 class ServiceSettings:
     """The HTTP service. `keys` are SHA-256 hashes (hex) of API keys; none is allowed on a loopback address only.
 
-    `clock`: what time it is for features and requests, see `clock.py`.
+    `clock`: what time it is for features and requests, see `clock.py`. `follow_seconds`: how often a running service looks for
+    another champion; 0 keeps the release that it started with.
     """
 
     host: str = "127.0.0.1"
@@ -107,6 +108,7 @@ class ServiceSettings:
     allowed_hosts: tuple[str, ...] = ("*",)
     sentence_weight: float = 3.0
     clock: Literal["auto", "now", "data"] = "auto"
+    follow_seconds: float = 2.0
 
 
 @dataclass(frozen=True)

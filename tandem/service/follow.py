@@ -1,0 +1,95 @@
+"""A running service follows promotions: the new champion is loaded beside the old one, and takes its place between two requests.
+
+In: which release answers now, and what to do with a new recommender. Out: nothing; a thread that looks every few seconds. What
+cannot be loaded (damaged, incompatible, no memory for two) is said once and left alone: the old release goes on answering.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tandem.core.errors import TandemError, UnavailableError
+from tandem.service.problems import log_line
+
+if TYPE_CHECKING:
+    from registry.store import ReleaseStore
+    from tandem.service.recommend import Recommender
+    from tandem.service.settings import Settings
+
+_ROOM: Final = 4
+"""A release needs this many times its size on disk in memory, with what is built from it."""
+_MEMINFO: Final = Path("/proc/meminfo")
+
+
+class Follower:
+    """Looks at the registry every `every_s` seconds until it is stopped."""
+
+    def __init__(
+        self, settings: Settings, serving: Callable[[], str | None], swap: Callable[[Recommender], None], every_s: float
+    ) -> None:
+        self._settings, self._serving, self._swap, self._every_s = settings, serving, swap, every_s
+        self._refused: tuple[str, int] | None = None
+        self._store: ReleaseStore | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="follow promotions", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking; returns when a release that is being loaded is loaded, or refused."""
+        self._stop.set()
+        self._thread.join()
+        if self._store is not None:
+            self._store.close()
+
+    def look(self) -> bool:
+        """Load and hand over the champion if it is not the one that answers; says whether it did. Keeps the old one otherwise."""
+        from tandem.service.wiring import open_recommender
+
+        try:
+            champion = self._opened().champion()
+            promotion = (champion.name or "", champion.version)
+            if champion.name in (None, self._serving()) or promotion == self._refused:
+                return False
+            self._refused = promotion  # until it is loaded
+            check_room(self._opened().get(promotion[0]).folder)
+            recommender = open_recommender(self._settings, promotion[0])
+            recommender.warm()
+        except UnavailableError as error:  # the registry is away: what answers goes on answering
+            self._refused = None
+            log_line("registry_unreachable", reason=type(error).__name__)
+            return False
+        except (TandemError, OSError, ValueError, RuntimeError) as error:
+            log_line("release_refused", release=promotion[0], reason=f"{type(error).__name__}: {error}"[:300])
+            return False
+        self._refused = None
+        self._swap(recommender)
+        return True
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.look()
+
+    def _opened(self) -> ReleaseStore:
+        from registry.store import ReleaseStore
+
+        if self._store is None:
+            self._store = ReleaseStore(self._settings.registry_url, self._settings.releases)
+        return self._store
+
+
+def check_room(folder: Path, meminfo: Path = _MEMINFO) -> None:
+    """Raise RuntimeError when there is no memory for this release beside the one that answers; where nobody says, there is."""
+    needed = _ROOM * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    if free is not None and free < needed:
+        raise RuntimeError(
+            f"{folder.name} needs some {needed >> 20:,} MiB beside the release that answers, {free >> 20:,} are free; "
+            "restart the service to load it alone"
+        )
