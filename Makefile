@@ -18,7 +18,7 @@ TO_RUN := $(VENV)/.installed-$(EXTRA)
 TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
 ALL_TESTS := --numprocesses 2 --dist loadfile --cov --cov-report=term
 
-.PHONY: demo test lint accept bench bench-retrieval clean
+.PHONY: demo test lint accept bench bench-features bench-retrieval clean
 
 demo: $(TO_RUN)
 	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
@@ -37,6 +37,9 @@ accept: $(TO_TEST)
 
 bench: $(TO_TEST)
 	$(BIN)/python tests/benchmarks/run.py
+
+bench-features: $(TO_TEST)  # with PEERS=folder, where "ibis-framework[duckdb]" was installed by `pip install --target`
+	PYTHONPATH="$(PEERS)" $(BIN)/python tests/benchmarks/features.py
 
 bench-retrieval: $(TO_TEST)  # with PEERS=folder, where hnswlib and usearch were installed by `pip install --target`
 	PYTHONPATH="$(PEERS)" $(BIN)/python -P tests/benchmarks/retrieval.py

@@ -1,4 +1,4 @@
-"""A running service follows promotions and rollbacks, drops no request over it, and keeps what works when the new one is broken."""
+"""A running service follows promotions and rollbacks, drops no request over it, and keeps what works when the new one fails."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from feature_repo.online import UserReader
 from feature_repo.store import load_events, load_items, load_rejected, load_users, pending_parts
 from feature_repo.views import TIMESTAMP
 from tandem.core.errors import InputError
-from tandem.core.folders import held
+from tandem.core.folders import held, read_json
 from tandem.service import recipes
 from tandem.service.recommend import Ask
 from tandem.service.settings import Settings, load_settings
@@ -187,3 +187,15 @@ def test_the_next_slate_knows_what_was_just_bought(settings: Settings, gate: Eve
     recommender.close()
     assert not slate.cold_start
     assert shown not in [item.item_id for item in slate.items]
+
+
+def test_a_run_of_everything_takes_new_events_in(settings: Settings, gate: EventGate) -> None:
+    marks = settings.state / "run_all.json"
+    before = read_json(marks)["build"]
+    push(gate, draft(settings, action="click"))
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(recipes, "features_apply", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        with pytest.raises(OSError, match="power cut"):
+            recipes.run_all(settings)
+    assert read_json(marks)["build"] != before
+    assert not pending_parts(settings.data)

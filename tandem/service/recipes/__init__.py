@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from feature_repo.store import compact
 from tandem.core.errors import GateRefusedError
 from tandem.core.folders import content_hash, file_hash, read_json, write_json
 from tandem.service.outcome import Outcome
@@ -71,7 +72,7 @@ __all__ = [
 
 
 def run_all(settings: Settings, progress: Progress = quiet) -> Outcome:
-    """Everything from imported events to a promoted release. A step whose inputs and settings are unchanged is skipped.
+    """Everything from events to a promoted release. A step whose inputs and settings are unchanged is skipped.
 
     A step is marked as done only after it is whole, so a run that was killed goes on where it stopped.
     """
@@ -84,6 +85,7 @@ def run_all(settings: Settings, progress: Progress = quiet) -> Outcome:
         ("evaluate", lambda: evaluate(settings, progress)),
         ("release", lambda: _release_and_promote(settings)),
     )
+    compact(settings.data)  # events that came one by one are inputs, too
     inputs = _inputs_hash(settings)
     marks = settings.state / "run_all.json"
     done = read_json(marks) if marks.is_file() else {}
