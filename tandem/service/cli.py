@@ -195,6 +195,23 @@ def evaluate(context: typer.Context, as_json: Json = False) -> None:
     _run(context, as_json, work)
 
 
+@app.command()
+def retrain(
+    context: typer.Context,
+    because: Annotated[str, typer.Option(help="What triggered it; history keeps it.")] = "new events",
+    keep: Annotated[int, typer.Option(min=0, help="How many releases to keep that were not live lately.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Build, train, evaluate, gate and promote, as far as something is new. For cron; run it again after a crash."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service import recipes
+
+        return recipes.retrain(settings, because, keep, progress)
+
+    _run(context, as_json, work)
+
+
 # -------------------------------------------------------------------------------------------------------------- releases
 
 

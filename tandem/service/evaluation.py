@@ -7,7 +7,7 @@ On the built-in world, expected clicks are also given as a share of the best pos
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,8 @@ BASELINES: Final = ("popularity", "item-kNN", "EASE")
 TOWERS: Final = "towers"
 RANKED: Final = "towers + ranker"
 SLATE: Final = "slate"
+CHAMPION: Final = "champion"
+"""The live release on the same requests: what a gate compares with, since its own rows may be those of other requests."""
 _ROWS_AT_ONCE: Final = 500
 
 
@@ -44,8 +46,33 @@ class Evaluation:
     world: dict[str, float]
 
 
-def evaluate_funnel(settings: Settings, data: Dataset, offline: Offline, ranker: Ranker, progress: Progress) -> Evaluation:
-    """Every system on the test requests (at most `evaluation.requests` of them)."""
+@dataclass(frozen=True)
+class Rival:
+    """A release to compare with: `offline` asks its retriever, in the order of its own items."""
+
+    offline: Offline
+    ranker: Ranker
+
+    @classmethod
+    def open(cls, settings: Settings, data: Dataset, folder: Path, store: Any) -> Rival:
+        """Load a verified release folder."""
+        retriever = Retriever.load(folder)
+        return cls(Offline(settings, replace(data, items=retriever.items), retriever, store), Ranker.load(folder / "ranker"))
+
+    def ranking(self, requests: pl.DataFrame, items: pl.DataFrame) -> NDArray[np.int64]:
+        """Its order for the requests as rows of `items`, (R, DEPTH); an item that is gone is -1."""
+        answered = self.offline.answer(requests)
+        ranked = _ranked(answered, self.ranker.score(answered.features, answered.names, pairs(answered.candidates)[0]))
+        known = items.select("item_id").with_row_index("row")
+        rows = self.offline.retriever.items.select("item_id").join(known, on="item_id", how="left", maintain_order="left")["row"]
+        here = rows.cast(pl.Int64).fill_null(-1).to_numpy()
+        return np.where(ranked >= 0, here[ranked], -1)
+
+
+def evaluate_funnel(
+    settings: Settings, data: Dataset, offline: Offline, ranker: Ranker, progress: Progress, rival: Rival | None = None
+) -> Evaluation:
+    """Every system on the test requests (at most `evaluation.requests` of them), the live release too if it is given."""
     requests = data.requests("test", settings.evaluation.requests, settings.evaluation.seed)
     progress("evaluate", 0, 4)
     answered = offline.answer(requests)
@@ -58,6 +85,8 @@ def evaluate_funnel(settings: Settings, data: Dataset, offline: Offline, ranker:
     scores = ranker.score(answered.features, answered.names, pairs(answered.candidates)[0])
     systems[RANKED] = _ranked(answered, scores)
     systems[SLATE] = _slates(settings, offline, answered, scores)
+    if rival is not None:
+        systems[CHAMPION] = rival.ranking(requests, data.items)
     progress("evaluate", 3, 4)
     users = measure(truth, systems)
     own = settings.evaluation
@@ -90,11 +119,19 @@ def baseline_rankings(
 def expected_clicks(
     folder: Path, data: Dataset, requests: pl.DataFrame, systems: Mapping[str, NDArray[np.int64]], barred: list[NDArray[np.int64]]
 ) -> dict[str, float]:
-    """Mean expected clicks of each system's first ten, and of the best possible ten; empty where no truth is known."""
+    """Mean expected clicks of each system's first ten, and of the best possible ten; empty where no truth is known.
+
+    People who came into the world later, by a push or an import, have no truth and are left out.
+    """
     if not folder.is_dir():
         return {}
     world = WorldTruth.load(folder)
     ids = data.items["item_id"].to_numpy()
+    known = requests["user_id"].is_in(list(world.user_ids)).to_numpy()
+    requests, barred = requests.filter(known), [out for out, own in zip(barred, known, strict=True) if own]
+    if requests.is_empty():
+        return {}
+    systems = {name: ranked[known] for name, ranked in systems.items()}
     asked = list(zip(requests["user_id"].to_list(), requests["timestamp"].to_list(), strict=True))
     means = {
         name: float(

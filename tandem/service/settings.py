@@ -166,6 +166,11 @@ class Settings:
         return self.registry.url or f"sqlite:///{self.state / 'tandem.db'}"
 
     @property
+    def knows_releases(self) -> bool:
+        """May there be releases? Without asking a database that nobody has made yet."""
+        return bool(self.registry.url) or (self.state / "tandem.db").exists()
+
+    @property
     def mlflow_uri(self) -> str:
         return self.registry.mlflow_uri or f"sqlite:///{self.state / 'mlflow.db'}"
 

@@ -44,7 +44,7 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
     manifest = verify_release(folder, content_hash)
     retriever = Retriever.load(folder, sentence_weight=settings.service.sentence_weight)
     ranker = Ranker.load(folder / "ranker")
-    _check_views(settings, folder)
+    check_views(settings, folder)
     views = read_views(settings.feature_tables)
     return Recommender(
         Parts(
@@ -105,8 +105,8 @@ def _which(settings: Settings, release: str | None) -> tuple[Path, str | None]:
         store.close()
 
 
-def _check_views(settings: Settings, folder: Path) -> None:
-    """The release's feature views must be the workspace's, name by name and version by version."""
+def check_views(settings: Settings, folder: Path) -> None:
+    """Raise IncompatibleError unless the release's feature views are the workspace's, name by name and version by version."""
     pinned = read_json(folder / "features.json")
     here = {view.name: view for view in read_views(settings.feature_tables)}
     for name, facts in pinned.items():

@@ -113,8 +113,8 @@ def test_every_command_of_the_design_is_there() -> None:
 
 
 COMMANDS = [
-    "demo", "import", "simulate", "train", "evaluate", "recommend", "similar", "search", "why", "serve", "status",
-    "features apply", "features build", "features materialize", "features check",
+    "demo", "import", "simulate", "train", "evaluate", "retrain", "recommend", "similar", "search", "why", "serve", "status",
+    "features apply", "features build", "features materialize", "features push", "features check", "users erase",
     "release create", "release list", "release show", "release gate", "release promote", "release rollback", "release history",
     "release diff", "release at", "release delete", "release prune",
 ]  # fmt: skip

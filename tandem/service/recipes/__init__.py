@@ -9,6 +9,7 @@ import -> split -> aggregate -> apply / materialise -> train towers -> build ind
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from feature_repo.store import compact
 from tandem.core.errors import GateRefusedError
@@ -63,6 +64,7 @@ __all__ = [
     "release_prune",
     "release_rollback",
     "release_show",
+    "retrain",
     "run_all",
     "simulate",
     "status",
@@ -71,10 +73,11 @@ __all__ = [
 ]
 
 
-def run_all(settings: Settings, progress: Progress = quiet) -> Outcome:
+def run_all(settings: Settings, progress: Progress = quiet, because: str = "run_all") -> Outcome:
     """Everything from events to a promoted release. A step whose inputs and settings are unchanged is skipped.
 
-    A step is marked as done only after it is whole, so a run that was killed goes on where it stopped.
+    A step is marked as done only after it is whole, so a run that was killed goes on where it stopped. A release that the gate
+    refuses is kept, and the refusal is in the answer.
     """
     steps: tuple[tuple[str, Callable[[], Outcome]], ...] = (
         ("build", lambda: features_build(settings)),
@@ -83,7 +86,7 @@ def run_all(settings: Settings, progress: Progress = quiet) -> Outcome:
         ("train towers", lambda: train(settings, "towers", progress)),
         ("train ranker", lambda: train(settings, "ranker", progress)),
         ("evaluate", lambda: evaluate(settings, progress)),
-        ("release", lambda: _release_and_promote(settings)),
+        ("release", lambda: _release_and_promote(settings, because)),
     )
     compact(settings.data)  # events that came one by one are inputs, too
     inputs = _inputs_hash(settings)
@@ -93,22 +96,41 @@ def run_all(settings: Settings, progress: Progress = quiet) -> Outcome:
         progress("run", number, len(steps))
         if done.get(name) == inputs:
             continue
-        step()
+        made = step()
         done = {key: value for key, value in done.items() if key in [each for each, _ in steps[:number]]} | {name: inputs}
+        done |= {"refused": made.data["refused"]} if "refused" in made.data else {}
         write_json(marks, done)
     progress("run", len(steps), len(steps))
     figures = read_json(settings.models / EVALUATION / "report.json")
     with open_releases(settings) as store:
         champion = store.champion().name
-    return Outcome(evaluated(figures), figures | {"champion": champion}, funnel_table(figures), "tandem recommend USER")
+    data = figures | {"champion": champion, "refused": done.get("refused")}
+    return Outcome(evaluated(figures), data, funnel_table(figures), "tandem recommend USER")
 
 
-def _release_and_promote(settings: Settings) -> Outcome:
+def retrain(settings: Settings, because: str, keep: int, progress: Progress = quiet) -> Outcome:
+    """What cron calls: everything that new events or settings ask for, then the gate, then pruning. Nothing new: nothing is done.
+
+    Raises GateRefusedError, after all of it, when the new release is not better enough to go live; the old one stays.
+    """
+    before = status(settings).data["champion"]
+    ran = run_all(settings, progress, because)
+    pruned = release_prune(settings, keep)
+    if ran.data["refused"]:
+        raise GateRefusedError(ran.data["refused"])
+    champion = ran.data["champion"]
+    made = f"{champion} is live, because {because} (before: {before or 'nothing'})"
+    if champion == before:
+        made = f"{champion} stays live: no events or settings are new"
+    return Outcome(f"{made}; {pruned.made}", ran.data | {"before": before} | pruned.data, ran.table, "tandem release history")
+
+
+def _release_and_promote(settings: Settings, because: str) -> Outcome:
     made = release_create(settings)
     try:
-        return release_promote(settings, made.data["release"], because="run_all")
-    except GateRefusedError:
-        return made
+        return release_promote(settings, made.data["release"], because=because)
+    except GateRefusedError as refusal:
+        return replace(made, data={**made.data, "refused": str(refusal)})
 
 
 def _inputs_hash(settings: Settings) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from tandem.core.errors import ConflictError, NotFoundError
+from tandem.core.errors import ConflictError, IncompatibleError, IntegrityError, NotFoundError
 from tandem.core.folders import file_hash, read_json, whole_folder, write_json
 from tandem.service.outcome import Outcome, Table
-from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, Progress, quiet, tracked_run, writing
+from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, Progress, open_releases, quiet, tracked_run, writing
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
-    from tandem.service.evaluation import Evaluation
+    from tandem.service.evaluation import Evaluation, Rival
+    from tandem.service.learn import Dataset
 
 Part = Literal["all", "towers", "ranker"]
 
@@ -93,11 +94,11 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
     retriever = Retriever.load(settings.models / RETRIEVAL)
     check_ranker_link(settings, retriever.towers.fingerprint)
     ranker = Ranker.load(settings.models / RANKER)
+    store = open_store(settings.workspace)
     with writing(settings, "evaluate"), tracked_run(settings, "evaluate") as log:
-        found = evaluate_funnel(
-            settings, data, Offline(settings, data, retriever, open_store(settings.workspace)), ranker, progress
-        )
-        figures = _figures(found)
+        champion, rival = _rival(settings, data, store, retriever.towers.fingerprint)
+        found = evaluate_funnel(settings, data, Offline(settings, data, retriever, store), ranker, progress, rival)
+        figures = _figures(found) | {"champion": champion}
         with whole_folder(settings.models / EVALUATION) as folder:
             found.report.users.write_parquet(folder / "users.parquet")
             write_json(
@@ -108,6 +109,27 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
         log.metrics(headline(figures))
         log.table(found.report.rows, "funnel.json")
     return Outcome(evaluated(figures), figures, funnel_table(figures), "tandem release create")
+
+
+def _rival(settings: Settings, data: Dataset, store: Any, towers: str) -> tuple[str | None, Rival | None]:
+    """The live release, to be held against the new parts on the same requests; none where it cannot answer these features."""
+    from registry.release import verify_release
+    from tandem.service.evaluation import Rival
+    from tandem.service.wiring import check_views
+
+    if not settings.knows_releases:
+        return None, None
+    with open_releases(settings) as releases:
+        name = releases.champion().name
+        champion = releases.get(name) if name else None
+    if champion is None or champion.manifest.fingerprints["towers"] == towers:
+        return None, None
+    try:
+        verify_release(champion.folder, champion.content_hash)
+        check_views(settings, champion.folder)
+        return champion.name, Rival.open(settings, data, champion.folder, store)
+    except (IncompatibleError, IntegrityError, NotFoundError):
+        return None, None
 
 
 def _figures(found: Evaluation) -> dict[str, Any]:
@@ -127,7 +149,7 @@ def _clean(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def headline(figures: dict[str, Any]) -> dict[str, float]:
     keys = ("recall@10", "recall@50", "recall@100", "ndcg@10", "coverage@10")
-    rows = [row for row in figures["funnel"] if row["slice"] == "all users"]
+    rows = [row for row in figures["funnel"] if row["slice"] == "all users" and row["system"] != "champion"]
     metrics = {f"{_plain(row['system'])}/{key}": row[key] for row in rows for key in keys if row[key] is not None}
     metrics |= {
         f"task/{row['task']}/{key}": row[key] for row in figures["tasks"] for key in ("auc", "ece") if row[key] is not None

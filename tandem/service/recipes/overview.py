@@ -23,7 +23,7 @@ def status(settings: Settings) -> Outcome:
     rows = [(what, _age(path)) for what, path, _ in steps]
     following = next((command for _, path, command in steps if not path.exists()), "tandem release create")
     champion = None
-    if (settings.state / "tandem.db").exists() or settings.registry.url:
+    if settings.knows_releases:
         with open_releases(settings) as store:
             champion = store.champion().name
     rows.append(("champion", champion or "none"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,8 @@ from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, open
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from registry.gates import Verdict
     from registry.policy import Evidence
     from registry.retention import Pruned
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
 _USERS: Final = "evaluation/users.parquet"
+_REPORT: Final = "evaluation/report.json"
 _INDEX: Final = "index/index.json"
 
 
@@ -204,9 +208,24 @@ def _judge(settings: Settings, store: ReleaseStore, name: str) -> tuple[int, Ver
 
     challenger, champion = store.get(name), store.champion().name
     old = _evidence(store.get(champion)) if champion and champion != name else None
+    if old is not None and (rows := _champion_rows(challenger, str(champion))) is not None:
+        old = replace(old, rows=rows)
     verdict = judge_release(settings.gates, old, _evidence(challenger))
     record = store.judged(name, champion, verdict.passed, verdict.to_dict())
     return record.number, verdict
+
+
+def _champion_rows(challenger: Release, champion: str) -> pl.DataFrame | None:
+    """The champion's rows on the challenger's own test requests; None where it was evaluated beside another champion, or none."""
+    import polars as pl
+
+    files = challenger.manifest.files
+    if _REPORT not in files:
+        return None
+    verify_files(challenger.folder, {_REPORT: files[_REPORT]})
+    if read_json(challenger.folder / _REPORT).get("champion") != champion:
+        return None
+    return pl.read_parquet(challenger.folder / _USERS).filter(pl.col("system") == "champion")
 
 
 def _evidence(release: Release) -> Evidence:
