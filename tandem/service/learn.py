@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -33,7 +34,7 @@ from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 from tandem.core.errors import InputError
 from tandem.core.schema import MICROSECONDS_PER_DAY, Source
 from tandem.service.assemble import WITHIN_REQUEST, Assembler, pairs
-from tandem.service.settings import Settings
+from tandem.service.settings import EncoderSettings, Settings
 
 Log = Callable[[dict[str, float]], None]
 Progress = Callable[[str, int, int], None]
@@ -126,9 +127,22 @@ def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progr
 
 
 def open_encoder(settings: Settings) -> TextEncoder:
-    own = settings.encoder
-    cache = settings.workspace / "cache" / "vectors"
-    return TextEncoder(own.model, device=own.device, dtype=own.dtype, max_tokens=own.max_tokens, cache=cache)
+    return text_encoder(settings.encoder, settings.workspace / "cache" / "vectors")
+
+
+def text_encoder(own: EncoderSettings, cache: Path | None = None) -> TextEncoder:
+    """The encoder that the settings describe."""
+    return TextEncoder(
+        own.model,
+        device=own.device,
+        dtype=own.dtype,
+        max_tokens=own.max_tokens,
+        pooling=own.pooling or None,
+        dimension=own.dimension or None,
+        prefix=own.prefix,
+        query_prefix=own.query_prefix,
+        cache=cache,
+    )
 
 
 def item_texts(items: pl.DataFrame) -> list[str]:

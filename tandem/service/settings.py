@@ -41,12 +41,19 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Which text encoder: "minilm" (shipped, offline), a Hugging Face name, or a folder."""
+    """Which text encoder: "minilm" (shipped, offline), a Hugging Face name, or a folder; the rest as `TextEncoder` has it.
+
+    `pooling` "" is the model's own, `dimension` 0 all of it. Items are read behind `prefix`, sentences behind `query_prefix`.
+    """
 
     model: str = "minilm"
     dtype: str = "auto"
     max_tokens: int = 64
     device: str = "cpu"
+    pooling: str = ""
+    dimension: int = 0
+    prefix: str = ""
+    query_prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -203,6 +210,8 @@ DEFAULT: Final = """\
 
 [encoder]
 # model = "minilm"              # or any Hugging Face name or folder, for example "intfloat/multilingual-e5-small"
+# prefix = "passage: "          # what the model's page asks for: e5 wants this before items,
+# query_prefix = "query: "      # and this before sentences
 
 [ranker]
 # utility = { click = 1.0, purchase = 0.5 }

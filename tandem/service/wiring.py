@@ -27,7 +27,7 @@ from tandem.core.folders import read_json
 from tandem.service.assemble import Assembler
 from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
-from tandem.service.learn import open_assembler
+from tandem.service.learn import open_assembler, text_encoder
 from tandem.service.recommend import Parts, Recommender
 from tandem.service.settings import EncoderSettings, Settings
 
@@ -149,10 +149,10 @@ class LazyEncoder:
         self._encoder: TextEncoder | None = None
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return self._opened.encode(texts)
+        return self._opened.encode(texts, as_query=True)
 
     def truncates(self, text: str) -> bool:
-        return self._opened.truncates(text)
+        return self._opened.truncates(text, as_query=True)
 
     @property
     def _opened(self) -> TextEncoder:
@@ -161,10 +161,9 @@ class LazyEncoder:
         return self._encoder
 
     def _open(self) -> TextEncoder:
-        own = EncoderSettings(
-            model=self._facts["model"], dtype=self._facts["dtype"], max_tokens=self._facts["max_tokens"], device=self._device
-        )
-        encoder = TextEncoder(own.model, device=own.device, dtype=own.dtype, max_tokens=own.max_tokens)
+        facts = {name: value for name, value in self._facts.items() if name != "fingerprint"}
+        own = EncoderSettings(**facts, device=self._device)
+        encoder = text_encoder(own)
         if encoder.fingerprint != self._facts["fingerprint"]:
             raise IncompatibleError(
                 f"the encoder {own.model!r} is {encoder.fingerprint[:12]} here, but the towers were trained with "

@@ -38,7 +38,7 @@ def _train_towers(settings: Settings, progress: Progress) -> dict[str, Any]:
         log.params({"towers": vars(settings.towers), "encoder": vars(settings.encoder), "items": len(data.items)})
         with whole_folder(settings.models / RETRIEVAL) as folder:
             retriever.save(folder)
-            write_json(folder / "encoder.json", _encoder_facts(settings))
+            write_json(folder / "encoder.json", encoder_facts(settings))
             write_json(folder / "popular.json", _popular(retriever))
             write_json(folder / "window.json", {name: moment.isoformat() for name, moment in data.split.cutoffs.items()})
     return {
@@ -67,13 +67,13 @@ def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     return {"ranker_features": len(ranker.names), "ranker_tasks": ", ".join(task.name for task in data.source.tasks)}
 
 
-def _encoder_facts(settings: Settings) -> dict[str, Any]:
+def encoder_facts(settings: Settings) -> dict[str, Any]:
     """What serving needs to open the same encoder; `dtype` as it was resolved here, since "auto" differs between machines."""
     from tandem.service.learn import open_encoder
 
     encoder = open_encoder(settings)
-    facts = {"model": encoder.model, "max_tokens": settings.encoder.max_tokens, "dtype": encoder.dtype}
-    return facts | {"fingerprint": encoder.fingerprint}
+    own = {name: value for name, value in vars(settings.encoder).items() if name != "device"}
+    return own | {"dtype": encoder.dtype, "fingerprint": encoder.fingerprint}
 
 
 def _popular(retriever: Any, k: int = 200) -> dict[str, list[str]]:
