@@ -39,6 +39,7 @@ from feature_repo.live import OPTIONAL, EventGate
 from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS
 from tandem.service.follow import Follower
+from tandem.service.history import changes
 from tandem.service.problems import BAD_HOST, BAD_KEY, INVALID, NO_KEY, STARTING, Guard, Refused, install, log_line, request_id_of
 from tandem.service.recommend import Recommender, Slate
 from tandem.service.schemas import (
@@ -65,6 +66,7 @@ _LOCAL_NAMES: Final = ("127.0.0.1", "localhost", "::1")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _HOST: Final = re.compile(r"(?:(?P<name>[a-z0-9._-]+)|\[(?P<six>[0-9a-f:.]+)\])(?::[0-9]{1,5})?")
 _PAGE: Final = Path(__file__).with_name("page.html")
+_RELEASES: Final = Path(__file__).with_name("releases.html")
 _PAGE_POLICY: Final = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
 )
@@ -230,6 +232,12 @@ def page() -> HTMLResponse:
     return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
 
 
+@open_routes.get("/releases", include_in_schema=False)
+def releases_page() -> HTMLResponse:
+    """A page that says what was live when, on which data, and why."""
+    return HTMLResponse(_RELEASES.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
+
+
 @open_routes.get("/healthz", include_in_schema=False)
 @open_routes.get("/v1/healthz")
 async def healthz(service: Here) -> HealthAnswer:
@@ -293,7 +301,7 @@ def releases(service: Here) -> ReleasesAnswer:
 
     store = ReleaseStore(service.settings.registry_url, service.settings.releases)
     try:
-        champion, known = store.champion().name, store.list()
+        champion, known, history = store.champion().name, store.list(), changes(store)
     finally:
         store.close()
     rows = tuple(
@@ -302,7 +310,7 @@ def releases(service: Here) -> ReleasesAnswer:
         )
         for each in known
     )
-    return ReleasesAnswer(serving=service.recommender.release, champion=champion, releases=rows)
+    return ReleasesAnswer(serving=service.recommender.release, champion=champion, releases=rows, history=history)
 
 
 @routes.get("/metrics", response_class=Response)

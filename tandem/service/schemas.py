@@ -199,12 +199,28 @@ class ReleaseAnswer(BaseModel):
     live: bool
 
 
+class ChangeAnswer(BaseModel):
+    """One change of champion: live from `at` to `until` (null: still), with what the gates said, the data and the figures."""
+
+    at: str
+    until: str | None
+    kind: str
+    name: str
+    previous: str | None
+    who: str
+    why: str
+    gate: tuple[str, ...]
+    window: dict[str, str]
+    figures: dict[str, float]
+
+
 class ReleasesAnswer(BaseModel):
-    """All releases, oldest first; `serving` is the one that answers here."""
+    """All releases and all changes of champion, oldest first; `serving` is the one that answers here."""
 
     serving: str
     champion: str | None
     releases: tuple[ReleaseAnswer, ...]
+    history: tuple[ChangeAnswer, ...]
 
 
 class HealthAnswer(BaseModel):

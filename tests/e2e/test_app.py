@@ -202,8 +202,9 @@ def test_the_last_of_two_equal_keys_counts(client: TestClient) -> None:
     assert len(ids(answer)) == 2
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
-    page = client.get("/")
+@pytest.mark.parametrize("path", ["/", "/releases"])
+def test_the_pages_need_nothing_from_elsewhere(client: TestClient, path: str) -> None:
+    page = client.get(path)
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "://" not in page.text

@@ -70,6 +70,16 @@ def test_promotion_and_rollback_reach_a_busy_service_without_a_failed_request(cl
     assert {status for status, _ in answers} == {200}
     assert {release for _, release in answers} == {first, "second"}
     assert f'tandem_release_info{{release="{first}"}} 1.0' in client.get("/metrics").text
+    told = client.get("/v1/releases").json()["history"]
+    assert [(change["kind"], change["name"]) for change in told] == [
+        ("promote", first), ("promote", "second"), ("rollback", first),
+    ]  # fmt: skip
+    assert told[0]["until"] == told[1]["at"]
+    assert told[-1]["until"] is None
+    assert (told[1]["why"], told[1]["previous"]) == ("newer", first)
+    assert any("ndcg@10" in sentence for sentence in told[1]["gate"])
+    assert told[1]["figures"]["ndcg@10"] > 0
+    assert told[1]["window"]
 
 
 def test_a_damaged_champion_leaves_the_old_release_answering(
