@@ -7,7 +7,7 @@ store to keep unless it holds a newer one. The three stores are `sqlite_store.py
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -70,11 +70,26 @@ class NewestRows:
 
 
 class NewestOnlineStore(ABC):
-    """What the engine, `push`, `forget` and erasure ask of an online store beyond Feast's interface."""
+    """What the engine, `push`, `forget` and erasure ask of an online store beyond Feast's interface.
+
+    It stands before Feast's own store among the bases, so that Feast's commands write through the guards too.
+    """
+
+    def online_write_batch(
+        self, config: RepoConfig, table: FeatureView, data: RowWise, progress: Callable[[int], Any] | None
+    ) -> None:
+        """Feast's row-wise write, with the guards; what is late or ahead is skipped."""
+        self.store_newest(config, table, rows_of_messages(data, datetime.now(UTC)))
+        if progress:
+            progress(len(data))
+
+    def write_newest(self, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
+        """`store_newest` of a frame [key, event_timestamp, features...]; of several rows of one entity the newest counts."""
+        return self.store_newest(config, view, rows_of_frame(view, frame, now))
 
     @abstractmethod
-    def write_newest(self, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
-        """Store the newest row per entity of a frame [key, event_timestamp, features...], unless the store holds a newer one.
+    def store_newest(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+        """Store each entity's row, unless the store holds a newer one.
 
         Raises IntegrityError when the store does not hold afterwards what was written.
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
@@ -32,13 +32,10 @@ from feature_repo.newest import (
     Answer,
     NewestOnlineStore,
     NewestRows,
-    RowWise,
     Written,
     answers,
     keys_of,
     microseconds,
-    rows_of_frame,
-    rows_of_messages,
 )
 from tandem.core.errors import IntegrityError
 
@@ -53,24 +50,12 @@ class NewestPostgresOnlineStoreConfig(PostgreSQLOnlineStoreConfig):  # type: ign
     """For serving: how long one statement may take."""
 
 
-class NewestPostgresOnlineStore(PostgreSQLOnlineStore, NewestOnlineStore):  # type: ignore[misc]
+class NewestPostgresOnlineStore(NewestOnlineStore, PostgreSQLOnlineStore):  # type: ignore[misc]
     """PostgreSQL online store in which a late event never replaces a newer one, and none from the future stays."""
 
     def __init__(self) -> None:
         super().__init__()
         self._using = threading.RLock()
-
-    def online_write_batch(
-        self, config: RepoConfig, table: FeatureView, data: RowWise, progress: Callable[[int], Any] | None
-    ) -> None:
-        """Feast's row-wise write, with the guards; what is late or ahead is skipped."""
-        self._store(config, table, rows_of_messages(data, datetime.now(UTC)))
-        if progress:
-            progress(len(data))
-
-    def write_newest(self, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
-        """As `NewestOnlineStore` has it, in one transaction: an error leaves nothing changed."""
-        return self._store(config, view, rows_of_frame(view, frame, now))
 
     def online_read(
         self,
@@ -108,7 +93,8 @@ class NewestPostgresOnlineStore(PostgreSQLOnlineStore, NewestOnlineStore):  # ty
             entities, newest = cast(tuple[int, datetime | None], cursor.execute(query).fetchone())
         return entities, None if newest is None else newest.astimezone(UTC)
 
-    def _store(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+    def store_newest(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+        """In one transaction: an error leaves nothing changed."""
         table = _table(config, view)
         if not len(rows):
             return Written(ahead=rows.ahead)

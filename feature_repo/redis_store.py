@@ -8,9 +8,9 @@ in Arrow. Redis Cluster is not for it: one script would touch keys of several no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, Literal
 
 import polars as pl
@@ -34,12 +34,9 @@ from feature_repo.newest import (
     Answer,
     NewestOnlineStore,
     NewestRows,
-    RowWise,
     Written,
     keys_of,
     moment_of,
-    rows_of_frame,
-    rows_of_messages,
 )
 from feature_repo.value_bytes import content_of, joined, timestamp_column
 from tandem.core.errors import IncompatibleError, IntegrityError
@@ -58,20 +55,8 @@ class NewestRedisOnlineStoreConfig(RedisOnlineStoreConfig):  # type: ignore[misc
     """For serving: how long one call may take. There is no second try, since whoever asks has a fallback."""
 
 
-class NewestRedisOnlineStore(RedisOnlineStore, NewestOnlineStore):  # type: ignore[misc]
+class NewestRedisOnlineStore(NewestOnlineStore, RedisOnlineStore):  # type: ignore[misc]
     """Redis online store in which a late event never replaces a newer one, and none from the future stays."""
-
-    def online_write_batch(
-        self, config: RepoConfig, table: FeatureView, data: RowWise, progress: Callable[[int], Any] | None
-    ) -> None:
-        """Feast's row-wise write, with the guards; what is late or ahead is skipped."""
-        self._store(config, table, rows_of_messages(data, datetime.now(UTC)))
-        if progress:
-            progress(len(data))
-
-    def write_newest(self, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
-        """As `NewestOnlineStore` has it; what was stored before an error stays, and is the same after the next run."""
-        return self._store(config, view, rows_of_frame(view, frame, now))
 
     def online_read(
         self,
@@ -105,7 +90,8 @@ class NewestRedisOnlineStore(RedisOnlineStore, NewestOnlineStore):  # type: igno
         times = [when for keys in self._scan(config, view) for when in self._times(config, view, keys) if when is not None]
         return len(times), moment_of(max(times)) if times else None
 
-    def _store(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+    def store_newest(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+        """What was stored before an error stays, and is the same after the next run."""
         name, suffix, ttl = _view_name(config, view), config.project.encode(), config.online_store.key_ttl_seconds
         sha = self._redis(config).script_load(_NEWEST_WINS)
         commands = (command for part in _of_one_shape(rows) for command in _scripts(sha, name, suffix, part, ttl))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Literal
 
 import polars as pl
 from feast.entity import Entity
@@ -28,13 +28,10 @@ from feature_repo.newest import (
     Answer,
     NewestOnlineStore,
     NewestRows,
-    RowWise,
     Written,
     answers,
     keys_of,
     moment_of,
-    rows_of_frame,
-    rows_of_messages,
 )
 from tandem.core.errors import IntegrityError
 
@@ -50,7 +47,7 @@ class NewestSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):  # type: ignore[mi
     type: Literal["feature_repo.sqlite_store.NewestSqliteOnlineStore"] = "feature_repo.sqlite_store.NewestSqliteOnlineStore"
 
 
-class NewestSqliteOnlineStore(SqliteOnlineStore, NewestOnlineStore):  # type: ignore[misc]
+class NewestSqliteOnlineStore(NewestOnlineStore, SqliteOnlineStore):  # type: ignore[misc]
     """SQLite online store in which a late event never replaces a newer one."""
 
     def __init__(self) -> None:
@@ -72,18 +69,6 @@ class NewestSqliteOnlineStore(SqliteOnlineStore, NewestOnlineStore):  # type: ig
             name = table_of(config, table)
             _ensure_column(self._get_conn(config), name)
             self._get_conn(config).execute(f"DROP INDEX IF EXISTS {_quoted(name + '_ek')}")  # the primary key covers it
-
-    def online_write_batch(
-        self, config: RepoConfig, table: FeatureView, data: RowWise, progress: Callable[[int], Any] | None
-    ) -> None:
-        """Feast's row-wise write, with the guards; what is late or ahead is skipped."""
-        self._store(config, table, rows_of_messages(data, datetime.now(UTC)))
-        if progress:
-            progress(len(data))
-
-    def write_newest(self, config: RepoConfig, view: FeatureView, frame: pl.DataFrame, now: datetime) -> Written:
-        """As `NewestOnlineStore` has it, in one transaction: an error leaves nothing changed."""
-        return self._store(config, view, rows_of_frame(view, frame, now))
 
     def online_read(
         self,
@@ -126,7 +111,8 @@ class NewestSqliteOnlineStore(SqliteOnlineStore, NewestOnlineStore):  # type: ig
         entities, newest = self._get_conn(config).execute(query).fetchone()
         return entities, None if newest is None else moment_of(newest)
 
-    def _store(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+    def store_newest(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
+        """In one transaction: an error leaves nothing changed."""
         table = _quoted(table_of(config, view))
         if not len(rows):
             return Written(ahead=rows.ahead)
