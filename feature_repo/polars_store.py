@@ -1,92 +1,119 @@
 """A Feast offline store on Polars: point-in-time joins that keep every entity row, in its order.
 
-In: Feast's calls (`get_historical_features`, `pull_latest`, `pull_all`, `offline_write_batch`) on Parquet file sources.
-Out: retrieval jobs that hand over Polars frames or Arrow tables of one chunk. The rule is Feast's: the newest feature row with
-feature time <= entity time and, where the view has a ttl, entity time - feature time <= ttl. Of rows with one key and one
-time the later created one wins, else the later in the file. Nothing here needs pandas, and nothing runs before it is asked for.
+In: Feast's calls (`get_historical_features`, `pull_latest`, `pull_all`, `offline_write_batch`, logged features) on Parquet file
+sources, see `parquet.py`. Out: retrieval jobs that hand over Polars frames or Arrow tables of one chunk. The rule is Feast's: the
+newest feature row with feature time <= entity time and, where the view has a ttl, entity time - feature time <= ttl. Of rows with
+one key and one time the later created one wins, else the later in the file. Nothing here needs pandas, and nothing runs before
+it is asked for. The join itself is in `as_of.py`.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 from feast.data_source import DataSource
 from feast.errors import SavedDatasetLocationAlreadyExists
-from feast.feature_view import FeatureView
-from feast.infra.offline_stores.file_source import FileSource, SavedDatasetFileStorage
+from feast.feature_logging import LoggingConfig
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
+from feast.infra.offline_stores.file_source import FileLoggingDestination, SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
+from feast.labeling.conflict_policy import ConflictPolicy
+from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
+from feast.utils import compute_non_entity_date_range
 
-from tandem.core.errors import IncompatibleError, InputError, NotFoundError
-from tandem.core.folders import held
+from feature_repo.as_of import ASKED, CREATED, KNOWN, ROW, Rule, newest_known
+from feature_repo.parquet import append, exists, is_folder, place, scan, write_file, write_parts
+from tandem.core.errors import IncompatibleError, InputError
+from tandem.core.folders import whole_folder
 from tandem.core.schema import TIME
 
 EntityFrame: TypeAlias = pl.DataFrame | pl.LazyFrame | pd.DataFrame | pa.Table | None
 
-_ROW = "__row"
-_ASKED = "__asked"
-_KNOWN = "__known"
-_CREATED = "__created"
+_FOR_EVER: Final = timedelta(days=365_000)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LARGEST_ARRAY: Final = 2**31 - 1
+_ROWS_PER_RANGE: Final = 5_000_000
 
 
 class PolarsOfflineStoreConfig(FeastConfigBaseModel):  # type: ignore[misc]
-    """`offline_store` in `feature_store.yaml`; relative source paths start from `root` (default: the repository)."""
+    """`offline_store` in `feature_store.yaml`; relative source paths start from `root` (default: the repository).
+
+    With `on_demand_views` training frames may ask for on-demand views: Python from the registry then runs in the asking process.
+    """
 
     type: Literal["feature_repo.polars_store.PolarsOfflineStore"] = "feature_repo.polars_store.PolarsOfflineStore"
     root: str | None = None
+    on_demand_views: bool = False
 
 
 class PolarsRetrievalJob(RetrievalJob):  # type: ignore[misc]
     """A query that runs when its result is asked for; `to_polars` gives the frame without a detour."""
 
     def __init__(
-        self, run: Callable[[], pl.DataFrame], full_feature_names: bool = False, metadata: RetrievalMetadata = None
+        self,
+        config: RepoConfig,
+        run: Callable[[], pl.DataFrame],
+        full_feature_names: bool = False,
+        metadata: Callable[[], RetrievalMetadata] | None = None,
+        on_demand_feature_views: Sequence[OnDemandFeatureView] = (),
     ) -> None:
+        self._config = config
         self._run = run
         self._full_feature_names = full_feature_names
         self._metadata = metadata
+        self._on_demand_feature_views = list(on_demand_feature_views)
 
     def to_polars(self) -> pl.DataFrame:
-        """The result, in one chunk."""
+        """The result, in one chunk; without the features of on-demand views."""
         return self._run().rechunk()
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
-        return self.to_polars().to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
+        return plain_arrow(self.to_polars())
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
         return cast(pd.DataFrame, self._to_arrow_internal(timeout).to_pandas())
 
     def persist(self, storage: SavedDatasetFileStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
-        """Write the result as one Parquet file; raises SavedDatasetLocationAlreadyExists rather than overwrite unasked."""
-        path = Path(storage.file_options.uri)
-        if path.exists() and not allow_overwrite:
-            raise SavedDatasetLocationAlreadyExists(location=str(path))
-        _replace_parquet(path, self.to_polars())
+        """Write the result as one Parquet file, or a folder where the path does not end in `.parquet`.
+
+        Raises SavedDatasetLocationAlreadyExists rather than overwrite unasked.
+        """
+        where = place(self._config, storage.file_options.uri)
+        if exists(where) and not allow_overwrite:
+            raise SavedDatasetLocationAlreadyExists(location=str(where))
+        frame = cast(pl.DataFrame, pl.from_arrow(self.to_arrow())) if self._on_demand_feature_views else self.to_polars()
+        if isinstance(where, Path) and not where.name.endswith(".parquet"):
+            with whole_folder(where) as folder:
+                frame.write_parquet(folder / "part-0.parquet")
+        else:
+            write_file(f"{where}/part-0.parquet" if is_folder(where) and isinstance(where, str) else where, frame)
 
     @property
     def full_feature_names(self) -> bool:
         return self._full_feature_names
 
     @property
-    def on_demand_feature_views(self) -> list[Any]:
-        """Always empty: Python stored in a registry is never run here."""
-        return []
+    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
+        """Empty unless `on_demand_views` is set: Python stored in a registry is not run unasked."""
+        return self._on_demand_feature_views
 
     @property
-    def metadata(self) -> RetrievalMetadata:
-        return self._metadata
+    def metadata(self) -> RetrievalMetadata | None:
+        """Features, keys and the range of entity times; a lazy entity frame is collected for it."""
+        return self._metadata() if self._metadata else None
 
 
 class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
     """Feast's offline store interface over Parquet files and folders of them."""
+
+    supports_filter_by_created_timestamp = True
 
     @staticmethod
     def get_historical_features(
@@ -97,24 +124,29 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
         registry: Any,
         project: str,
         full_feature_names: bool = False,
+        filter_by_created_timestamp: bool = False,
         **options: Any,
     ) -> PolarsRetrievalJob:
         """Join the features named by `feature_refs` to each entity row as they were known at its timestamp.
 
         `entity_df` is a Polars, pandas or Arrow frame with the views' join keys and one timestamp column, or None with
         `start_date` and `end_date` in `options`: then each (key, time) that a view knows in that range is an entity row.
+        With `filter_by_created_timestamp` rows created after the entity time count as unknown.
         Raises InputError for SQL text, missing keys or a timestamp that is not one.
         """
         if isinstance(entity_df, str):
             raise InputError("an entity frame is a table here, not SQL text; pass a Polars, pandas or Arrow frame")
         plans = [_ViewPlan.of(view, feature_refs, full_feature_names) for view in feature_views]
-        _check_all_found(feature_refs, plans)
+        on_demand = _on_demand_views(config, feature_refs, registry, project)
+        _check_all_found(feature_refs, plans, on_demand)
+
+        def entities() -> pl.DataFrame:
+            return _known_entities(config, feature_views, plans, **options) if entity_df is None else as_polars(entity_df)
 
         def run() -> pl.DataFrame:
-            entities = _known_entities(config, plans, **options) if entity_df is None else as_polars(entity_df)
-            return _join(config, entities, plans)
+            return _join(config, entities(), plans, filter_by_created_timestamp)
 
-        return PolarsRetrievalJob(run, full_feature_names, RetrievalMetadata(features=feature_refs, keys=_keys(plans)))
+        return PolarsRetrievalJob(config, run, full_feature_names, lambda: _metadata(entities(), feature_refs), on_demand)
 
     @staticmethod
     def pull_latest_from_table_or_query(
@@ -124,15 +156,20 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
         feature_name_columns: list[str],
         timestamp_field: str,
         created_timestamp_column: str | None,
-        start_date: datetime,
-        end_date: datetime,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
     ) -> PolarsRetrievalJob:
-        """The newest row per entity with start_date <= time <= end_date."""
+        """The newest row per entity with start_date <= time <= end_date; columns go by the source's own names."""
         order = [timestamp_field, *_named(created_timestamp_column)]
-        rows = _between(scan(config, data_source), timestamp_field, start_date, end_date)
-        return PolarsRetrievalJob(
-            _newest(rows.select(*join_key_columns, *feature_name_columns, *order), join_key_columns, order).collect
-        )
+        rows = _between(utc(scan(config, data_source), *order), timestamp_field, start_date, end_date)
+        found = rows.select(*join_key_columns, *feature_name_columns, *order)
+
+        def run() -> pl.DataFrame:
+            if not join_key_columns:
+                return found.sort(*order, maintain_order=True).tail(1).with_columns(_dummy()).collect()
+            return pl.concat(list(_newest_by_range(found, join_key_columns, order, _ROWS_PER_RANGE)))
+
+        return PolarsRetrievalJob(config, run)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -147,9 +184,14 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
     ) -> PolarsRetrievalJob:
         """Every row with start_date <= time <= end_date, oldest first; an end that is None is open."""
         order = [timestamp_field, *_named(created_timestamp_column)]
-        rows = _between(scan(config, data_source), timestamp_field, start_date, end_date)
-        columns = [*join_key_columns, *feature_name_columns, *order]
-        return PolarsRetrievalJob(rows.select(columns).sort(*order, maintain_order=True).collect)
+
+        def run() -> pl.DataFrame:
+            rows = _between(utc(scan(config, data_source), *order), timestamp_field, start_date, end_date)
+            columns = list(dict.fromkeys([*join_key_columns, *feature_name_columns, *order]))
+            extra = [] if join_key_columns else [_dummy()]
+            return rows.select(columns).sort(*order, maintain_order=True).with_columns(*extra).collect()
+
+        return PolarsRetrievalJob(config, run)
 
     @staticmethod
     def offline_write_batch(
@@ -157,29 +199,38 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
     ) -> None:
         """Append rows to the view's source, cast to its types: a new part in a folder, a rewritten file otherwise.
 
-        Raises InputError when columns are missing or do not cast, and BusyError while another run writes the same source.
+        Columns go by the source's names or by those its field mapping gives them. Raises InputError when columns are missing or
+        do not cast, and BusyError while another run writes the same source.
         """
-        path = source_path(config, feature_view.batch_source)
-        with held(path.with_name(f".{path.name}.lock"), "an offline write"):
-            rows = _cast_to(scan(config, feature_view.batch_source).collect_schema(), as_polars(table), feature_view.name)
-            if path.is_dir():
-                _replace_parquet(path / f"pushed-{uuid.uuid4().hex}.parquet", rows)
-            else:
-                _replace_parquet(path, pl.concat([pl.read_parquet(path), rows]))
+        source = _source_of(feature_view)
+        rows = as_polars(table)
+        old_names = {new: old for old, new in source.field_mapping.items() if old not in rows.columns and new in rows.columns}
+        written = append(config, source, lambda schema: _cast_to(schema, rows.rename(old_names), feature_view.name))
         if progress:
-            progress(rows.height)
+            progress(written)
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig, data: pa.Table | Path, source: Any, logging_config: LoggingConfig, registry: Any
+    ) -> None:
+        """Add logged features to the destination's folder, below `name=value/` folders where it has `partition_by`."""
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination):
+            raise IncompatibleError(f"logs go to files here, not to a {type(destination).__name__}; use FileLoggingDestination")
+        rows = pl.read_parquet(data / "**/*.parquet" if data.is_dir() else data) if isinstance(data, Path) else as_polars(data)
+        write_parts(place(config, destination.path), rows, destination.partition_by or [])
 
     def get_table_column_names_and_types_from_data_source(
         self, config: RepoConfig, data_source: DataSource
     ) -> Iterable[tuple[str, str]]:
         """Names and Arrow types of a source's columns."""
-        schema = scan(config, data_source).head(0).collect().to_arrow(compat_level=pl.CompatLevel.oldest()).schema
+        schema = plain_arrow(scan(config, data_source).head(0).collect()).schema
         return zip(schema.names, map(str, schema.types), strict=True)
 
     def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
         """Raise unless the source is there and holds its timestamp column."""
-        columns = scan(config, data_source).collect_schema().names()
-        if data_source.timestamp_field not in columns:
+        columns = mapped(scan(config, data_source), data_source).collect_schema().names()
+        if data_source.timestamp_field and data_source.timestamp_field not in columns:
             raise InputError(f"source {data_source.name!r} has no column {data_source.timestamp_field!r}; it has {columns}")
 
 
@@ -196,15 +247,20 @@ def newest_by_range(
 ) -> Iterator[pl.DataFrame]:
     """The newest row per entity with start <= time <= end, range by range of the keys, about `rows` source rows at a time.
 
-    Ranges and rows come in the order of the first key's length, then of the key: the order of Feast's serialized keys.
+    Columns go by the view's names. Ranges and rows come in the order of the first key's length, then of the key: the order of
+    Feast's serialized keys.
     """
     order = [timestamp_field, *_named(created_timestamp_column)]
-    found = _between(scan(config, source), timestamp_field, start, end)
+    found = _between(utc(mapped(scan(config, source), source), *order), timestamp_field, start, end)
     found = found.select(*join_key_columns, *feature_name_columns, *order).drop_nulls(list(join_key_columns))
     key = pl.col(join_key_columns[0]).cast(pl.String)
-    for part in _key_ranges(found, key, rows):
-        newest = _newest(found.filter(part) if part is not None else found, join_key_columns, order).collect()
+    for newest in _newest_by_range(found, join_key_columns, order, rows):
         yield newest.sort(key.str.len_bytes(), key)
+
+
+def _newest_by_range(rows: pl.LazyFrame, keys: Sequence[str], order: Sequence[str], size: int) -> Iterator[pl.DataFrame]:
+    for part in _key_ranges(rows, pl.col(keys[0]).cast(pl.String), size):
+        yield _newest(rows.filter(part) if part is not None else rows, keys, order).collect()
 
 
 def _newest(rows: pl.LazyFrame, keys: Sequence[str], order: Sequence[str]) -> pl.LazyFrame:
@@ -219,7 +275,8 @@ def _key_ranges(rows: pl.LazyFrame, key: pl.Expr, size: int) -> list[pl.Expr | N
     if ranges < 2:
         return [None]
     step = max(1, count // (1000 * ranges))
-    sample = rows.select(key.alias("key")).gather_every(step).sort(pl.col("key").str.len_bytes(), "key").collect()["key"]
+    keys = rows.select(key.alias("key")).gather_every(step).drop_nulls()
+    sample = keys.sort(pl.col("key").str.len_bytes(), "key").collect()["key"]
     borders = [sample[len(sample) * at // ranges] for at in range(1, ranges)]
     above = [pl.lit(True), *(_reaches(key, border) for border in borders)]
     below = [*(~_reaches(key, border) for border in borders), pl.lit(True)]
@@ -233,25 +290,20 @@ def _reaches(key: pl.Expr, border: str) -> pl.Expr:
     return (length > size) | ((length == size) & (key >= border))
 
 
-def source_path(config: RepoConfig, source: DataSource) -> Path:
-    """Where a file source lies: absolute, or below the store's `root`."""
-    if not isinstance(source, FileSource):
-        raise IncompatibleError(f"source {source.name!r} is a {type(source).__name__}; this store reads FileSource only")
-    root = getattr(config.offline_store, "root", None) or config.repo_path or "."
-    return Path(root, source.path)
+# --- columns ----------------------------------------------------------------------------------------------------------------
 
 
-def scan(config: RepoConfig, source: DataSource) -> pl.LazyFrame:
-    """Lazy rows of a source, with its timestamp in UTC microseconds (a push may have left nanoseconds)."""
-    path = source_path(config, source)
-    if not path.exists():
-        raise NotFoundError(f"source {source.name!r}: {path} does not exist; run `tandem features build` first")
-    pattern = str(path / "*.parquet") if path.is_dir() else str(path)
-    rows = pl.scan_parquet(pattern, glob=path.is_dir(), cast_options=_LENIENT)
-    return rows.with_columns(as_utc(rows.collect_schema(), source.timestamp_field))
+def mapped(rows: pl.LazyFrame, source: DataSource) -> pl.LazyFrame:
+    """Rows with the source's field mapping applied, to the columns that are there under their old names."""
+    there = rows.collect_schema().names() if source.field_mapping else []
+    return rows.rename({old: new for old, new in source.field_mapping.items() if old in there and old != new})
 
 
-_LENIENT = pl.ScanCastOptions(datetime_cast=["nanosecond-downcast", "convert-timezone"])
+def utc(rows: pl.LazyFrame, timestamp_field: str, *created: str) -> pl.LazyFrame:
+    """Rows with their times as UTC microseconds (a push may have left nanoseconds); a creation column may be of any kind."""
+    schema = rows.collect_schema()
+    times = [name for name in created if isinstance(schema.get(name), pl.Datetime | pl.Date)]
+    return rows.with_columns(as_utc(schema, name) for name in (timestamp_field, *times))
 
 
 def as_utc(schema: pl.Schema, column: str) -> pl.Expr:
@@ -279,33 +331,56 @@ def as_polars(frame: EntityFrame) -> pl.DataFrame:
     raise InputError(f"an entity frame cannot be a {type(frame).__name__}; pass a Polars, pandas or Arrow frame")
 
 
-class _ViewPlan:
-    """What one view contributes: its source, its keys (source column -> entity column) and features (source -> result)."""
+def plain_arrow(frame: pl.DataFrame) -> pa.Table:
+    """An Arrow table of one chunk with the types that Feast knows: `string` and `list` where their 32-bit offsets reach."""
+    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
+    types = [_plain(column.type) if column.nbytes < _LARGEST_ARRAY else column.type for column in table.columns]
+    return table.cast(pa.schema(list(zip(table.column_names, types, strict=True))))
 
-    def __init__(self, view: FeatureView, keys: dict[str, str], features: dict[str, str]) -> None:
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_large_string(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind):
+        return pa.binary()
+    if pa.types.is_large_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _plain(field.type)) for field in kind])
+    return kind
+
+
+# --- point in time ----------------------------------------------------------------------------------------------------------
+
+
+class _ViewPlan:
+    """What one view contributes: its source, its keys (view's column -> entity column) and features (view's name -> result's)."""
+
+    def __init__(self, view: FeatureView, keys: Mapping[str, str], features: Mapping[str, str]) -> None:
         self.name: str = view.projection.name_to_use()
-        self.source: DataSource = view.batch_source
-        self.ttl: timedelta | None = view.ttl or None
+        self.source: DataSource = _source_of(view)
+        self.ttl: timedelta | None = view.ttl if view.ttl and view.ttl < _FOR_EVER else None
         self.keys = keys
         self.features = features
 
     @classmethod
     def of(cls, view: FeatureView, refs: Sequence[str], full_names: bool) -> _ViewPlan:
+        _check_policy(view)
         name = view.projection.name_to_use()
-        wanted = [ref.split(":", 1)[1] for ref in refs if ref.split(":", 1)[0] == name]
+        prefix = view.projection.name_alias or view.projection.name
+        wanted = dict.fromkeys(ref.split(":", 1)[1] for ref in refs if ref.split(":", 1)[0] == name)
         renamed = view.projection.join_key_map or {}
-        keys = {column.name: renamed.get(column.name, column.name) for column in view.entity_columns}
-        return cls(view, keys, {feature: f"{name}__{feature}" if full_names else feature for feature in wanted})
+        columns = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+        keys = {column: renamed.get(column, column) for column in columns}
+        return cls(view, keys, {feature: f"{prefix}__{feature}" if full_names else feature for feature in wanted})
 
     def rows(self, config: RepoConfig) -> pl.LazyFrame:
-        """Feature rows under the result's names, with their keys under `self.joined` names, oldest first."""
-        created = self.source.created_timestamp_column or None
-        rows = scan(config, self.source).filter(pl.col(key).is_not_null() for key in self.keys)
+        """Feature rows under the result's names, with keys and times under the names of the join."""
+        field, created = self.source.timestamp_field, _named(self.source.created_timestamp_column)
+        rows = utc(mapped(scan(config, self.source), self.source), field, *created)
         keys = [pl.col(key).alias(joined) for key, joined in zip(self.keys, self.joined, strict=True)]
-        order = [pl.col(self.source.timestamp_field).alias(_KNOWN), *(pl.col(each).alias(_CREATED) for each in _named(created))]
-        features = [pl.col(feature).alias(result) for feature, result in self.features.items()]
-        ordered = rows.select(*keys, *order, *features).sort(_KNOWN, *([_CREATED] if created else []), maintain_order=True)
-        return ordered.drop(_CREATED, strict=False)
+        times = [pl.col(field).alias(KNOWN), *(pl.col(each).alias(CREATED) for each in created)]
+        return rows.select(*keys, *times, *(pl.col(feature).alias(result) for feature, result in self.features.items()))
 
     @property
     def joined(self) -> list[str]:
@@ -313,54 +388,69 @@ class _ViewPlan:
         return [f"__key_{key}" for key in self.keys]
 
 
-def _join(config: RepoConfig, entities: pl.DataFrame, plans: Sequence[_ViewPlan]) -> pl.DataFrame:
+def _join(config: RepoConfig, entities: pl.DataFrame, plans: Sequence[_ViewPlan], as_created: bool) -> pl.DataFrame:
     """Entity columns as given, then each view's features; same rows, same order."""
-    _check_keys(entities, plans)
-    asked = _asked(entities)
-    timeline = entities.lazy().with_row_index(_ROW).with_columns(asked).sort(_ASKED, maintain_order=True)
-    for plan in plans:
-        timeline = _as_of(timeline, plan.rows(config), plan)
-    return timeline.sort(_ROW).drop(_ROW, _ASKED).collect()
+    _check_columns(entities, plans)
+    asked = entities.with_row_index(ROW).with_columns(_asked(entities))
+    answers = [_answer(config, asked, plan, as_created) for plan in plans if plan.features]
+    return pl.concat([entities, *answers], how="horizontal")
 
 
-def _as_of(timeline: pl.LazyFrame, rows: pl.LazyFrame, plan: _ViewPlan) -> pl.LazyFrame:
+def _answer(config: RepoConfig, asked: pl.DataFrame, plan: _ViewPlan, as_created: bool) -> pl.DataFrame:
+    rows = plan.rows(config)
     types = rows.collect_schema()
     keys = zip(plan.keys.values(), plan.joined, strict=True)
-    keyed = timeline.with_columns(pl.col(column).cast(types[joined], strict=False).alias(joined) for column, joined in keys)
-    answered = keyed.join_asof(
-        rows,
-        left_on=_ASKED,
-        right_on=_KNOWN,
-        by=plan.joined,
-        strategy="backward",
-        tolerance=plan.ttl,
-        check_sortedness=False,
-    )
-    return answered.drop(_KNOWN, *plan.joined, strict=False)
+    keyed = asked.select(ROW, ASKED, *(pl.col(column).cast(types[joined], strict=False).alias(joined) for column, joined in keys))
+    return newest_known(keyed, rows, Rule(tuple(plan.joined), plan.ttl, CREATED in types, as_created))
 
 
 def _asked(entities: pl.DataFrame) -> pl.Expr:
     """The entity frame's time, whatever its unit and zone; an empty frame may have no types at all."""
     if entities.is_empty():
-        return pl.lit(None, TIME).alias(_ASKED)
+        return pl.lit(None, TIME).alias(ASKED)
+    return as_utc(entities.schema, _time_column(entities)).alias(ASKED)
+
+
+def _time_column(entities: pl.DataFrame) -> str:
+    if "event_timestamp" in entities.columns:
+        return "event_timestamp"
     times = [column for column, dtype in entities.schema.items() if isinstance(dtype, pl.Datetime)]
-    if "event_timestamp" not in entities.columns and len(times) != 1:
+    if len(times) != 1:
         raise InputError(f"the entity frame needs a column event_timestamp; its timestamps are {times}")
-    return as_utc(entities.schema, "event_timestamp" if "event_timestamp" in entities.columns else times[0]).alias(_ASKED)
+    return times[0]
+
+
+def _metadata(entities: pl.DataFrame, refs: list[str]) -> RetrievalMetadata:
+    """What a saved dataset is read back by: keys and the range of times; that of an empty frame is the epoch."""
+    if entities.is_empty():
+        return RetrievalMetadata(refs, [each for each in entities.columns if each != "event_timestamp"], _EPOCH, _EPOCH)
+    column = _time_column(entities)
+    times = entities.select(_asked(entities))[ASKED].drop_nulls()
+    first, last = (times.min(), times.max()) if len(times) else (_EPOCH, _EPOCH)
+    return RetrievalMetadata(refs, [each for each in entities.columns if each != column], first, last)
 
 
 def _known_entities(
-    config: RepoConfig, plans: Sequence[_ViewPlan], start_date: datetime | None = None, end_date: datetime | None = None, **_: Any
+    config: RepoConfig,
+    views: list[FeatureView],
+    plans: Sequence[_ViewPlan],
+    start_date: datetime | None = None,
+    end_date: datetime | None = None,
+    **_: Any,
 ) -> pl.DataFrame:
-    """Every (key, time) that any of the views holds in the range; the views must share their keys."""
+    """Every (key, time) that any of the views holds in the range; the views must share their keys.
+
+    Without a start it lies the longest ttl before the end, or 30 days where there is none: Feast's rule.
+    """
     keys = [tuple(plan.keys.items()) for plan in plans]
     if len(set(keys)) != 1:
         raise InputError(f"without an entity frame all views need the same keys, not {sorted({str(each) for each in keys})}")
+    first, last = compute_non_entity_date_range(views, start_date, end_date)
     known = []
     for plan in plans:
-        field = plan.source.timestamp_field
-        rows = _between(scan(config, plan.source), field, start_date, end_date)
-        known.append(rows.select(*(pl.col(k).alias(c) for k, c in plan.keys.items()), pl.col(field).alias("event_timestamp")))
+        columns = [*(pl.col(joined).alias(c) for joined, c in zip(plan.joined, plan.keys.values(), strict=True))]
+        rows = _between(plan.rows(config), KNOWN, first, last)
+        known.append(rows.select(*columns, pl.col(KNOWN).alias("event_timestamp")))
     return pl.concat(known).unique().sort("event_timestamp", *plans[0].keys.values()).collect()
 
 
@@ -378,46 +468,69 @@ def _utc(moment: datetime) -> pl.Expr:
     return (literal.dt.replace_time_zone("UTC") if naive else literal.dt.convert_time_zone("UTC")).cast(TIME)
 
 
-def _check_keys(entities: pl.DataFrame, plans: Sequence[_ViewPlan]) -> None:
-    missing = [key for key in _keys(plans) if key not in entities.columns]
+# --- questions that cannot be answered ----------------------------------------------------------------------------------------
+
+
+def _source_of(view: FeatureView) -> DataSource:
+    if view.batch_source is None:
+        raise IncompatibleError(f"view {view.name!r} has no batch source; give it one before asking for its history")
+    return view.batch_source
+
+
+def _check_policy(view: FeatureView) -> None:
+    """Label views: the newest label is the as-of rule; a vote over labelers would need all labels at every moment."""
+    policy = getattr(view, "conflict_policy", ConflictPolicy.LAST_WRITE_WINS)
+    if policy != ConflictPolicy.LAST_WRITE_WINS:
+        raise IncompatibleError(
+            f"label view {view.name!r} resolves by {policy.value}; training frames take the newest label only"
+        )
+
+
+def _check_columns(entities: pl.DataFrame, plans: Sequence[_ViewPlan]) -> None:
+    missing = sorted({key for plan in plans for key in plan.keys.values() if key not in entities.columns})
     if missing:
         raise InputError(f"the entity frame lacks {missing}; it has {entities.columns}")
+    twice = [name for plan in plans for name in plan.features.values() if name in entities.columns]
+    if twice:
+        raise InputError(f"features {twice} are columns of the entity frame already; ask with full_feature_names=True or rename")
 
 
-def _check_all_found(refs: Sequence[str], plans: Sequence[_ViewPlan]) -> None:
-    names = {plan.name for plan in plans}
+def _on_demand_views(config: RepoConfig, refs: Sequence[str], registry: Any, project: str) -> list[OnDemandFeatureView]:
+    allowed = getattr(config.offline_store, "on_demand_views", False)
+    return cast(list[OnDemandFeatureView], OnDemandFeatureView.get_requested_odfvs(refs, project, registry)) if allowed else []
+
+
+def _check_all_found(refs: Sequence[str], plans: Sequence[_ViewPlan], on_demand: Sequence[OnDemandFeatureView]) -> None:
+    names = {plan.name for plan in plans} | {view.projection.name_to_use() for view in on_demand}
     stray = [ref for ref in refs if ref.split(":", 1)[0] not in names]
     if stray:
-        raise IncompatibleError(f"{stray} are not features of plain feature views; this store runs no on-demand views")
-
-
-def _keys(plans: Sequence[_ViewPlan]) -> list[str]:
-    return sorted({column for plan in plans for column in plan.keys.values()})
+        raise IncompatibleError(
+            f"{stray} are not features of plain feature views; on-demand views run only with offline_store.on_demand_views: true"
+        )
 
 
 def _named(column: str | None) -> list[str]:
     return [column] if column else []
 
 
+def _dummy() -> pl.Expr:
+    """The key that Feast gives to rows about nobody in particular."""
+    return pl.lit(DUMMY_ENTITY_VAL).alias(DUMMY_ENTITY_ID)
+
+
 def _cast_to(schema: pl.Schema, rows: pl.DataFrame, name: str) -> pl.DataFrame:
     missing = [column for column in schema if column not in rows.columns]
     if missing:
         raise InputError(f"rows for view {name!r} lack {missing}; they have {rows.columns}")
-    times = [as_utc(rows.schema, column) for column, dtype in schema.items() if isinstance(dtype, pl.Datetime)]
     try:
-        return rows.with_columns(times).select(pl.col(column).cast(dtype) for column, dtype in schema.items())
+        return rows.select(_as_stored(rows.schema, column, dtype) for column, dtype in schema.items())
     except pl.exceptions.PolarsError as error:
         raise InputError(f"rows for view {name!r} do not fit its columns {dict(schema)}: {error}") from None
 
 
-def _replace_parquet(path: Path, frame: pl.DataFrame) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        with beside.open("wb") as handle:
-            frame.write_parquet(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+def _as_stored(schema: pl.Schema, column: str, dtype: pl.DataType) -> pl.Expr:
+    if not isinstance(dtype, pl.Datetime):
+        return pl.col(column).cast(dtype)
+    moment = as_utc(schema, column) if schema[column] != pl.Null else pl.col(column).cast(TIME)
+    zoned = moment.dt.convert_time_zone(dtype.time_zone) if dtype.time_zone else moment.dt.replace_time_zone(None)
+    return zoned.cast(dtype)

@@ -14,12 +14,16 @@ import pyarrow as pa
 import pytest
 from feast import Entity, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.errors import SavedDatasetLocationAlreadyExists
+from feast.feature_view import DUMMY_ENTITY_FIELD
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
+from feast.labeling.conflict_policy import ConflictPolicy
+from feast.labeling.label_view import LabelView
 from feast.types import Int64, String
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo.polars_store import PolarsOfflineStore, PolarsRetrievalJob
+from feature_repo import as_of
+from feature_repo.polars_store import PolarsOfflineStore, PolarsRetrievalJob, newest_by_range
 from tandem.core.errors import BusyError, IncompatibleError, InputError, NotFoundError
 from tandem.core.folders import held
 from tandem.core.schema import TIME
@@ -279,16 +283,114 @@ def test_a_source_is_checked_before_it_is_applied(store: Store) -> None:
         checked.validate_data_source(store.config, SimpleNamespace(name="table", timestamp_field="t"))
 
 
+def test_a_feature_named_like_an_entity_column_is_refused_unless_its_full_name_is_asked_for(store: Store) -> None:
+    store.write(features([("a", at(0), 3)]))
+    asked = entities([("a", at(1))], clicks=[9])
+    with pytest.raises(InputError, match="full_feature_names"):
+        store.ask(asked).to_polars()
+    assert store.ask(asked, full=True).to_polars().select("clicks", "stats__clicks").rows() == [(9, 3)]
+
+
+def test_several_keys_are_matched_together(store: Store) -> None:
+    rows = features([("a", at(0), 1), ("a", at(1), 2), ("b", at(0), 3)]).with_columns(item_id=pl.Series([10, 20, 10]))
+    store.write(rows)
+    both = view()
+    both.entity_columns = [Field(name="user_id", dtype=String), Field(name="item_id", dtype=Int64)]
+    asked = entities([("a", at(2)), ("a", at(2)), ("b", at(2)), ("b", at(2))], item_id=[10, 20, 10, 20])
+    assert store.clicks(asked, both) == [1, 2, 3, None]
+
+
+def test_a_view_without_entities_says_the_same_about_everybody(store: Store) -> None:
+    store.write(features([("x", at(3), 3), ("x", at(1), 1)]).drop("user_id"))
+    world = view()
+    world.entity_columns = [DUMMY_ENTITY_FIELD]
+    assert store.clicks(entities([("a", at(4)), ("b", at(2)), ("a", at(0))]), world) == [3, 1, None]
+
+
+def test_fields_that_the_source_maps_go_by_their_new_names(store: Store) -> None:
+    renamed = {"user_id": "uid", "event_timestamp": "moment", "clicks": "n"}
+    store.write(features([("a", at(1), 1), ("a", at(3), 3)]).rename(renamed))
+    mapped = view()
+    mapped.batch_source.field_mapping = {old: new for new, old in renamed.items()}
+    assert store.clicks(entities([("a", at(2)), ("a", at(3))]), mapped) == [1, 3]
+    found = newest_by_range(store.config, mapped.batch_source, ["user_id"], ["clicks"], "event_timestamp", None, at(0), at(2), 10)
+    assert [part.select("user_id", "clicks").rows() for part in found] == [[("a", 1)]]
+    raw = PolarsOfflineStore.pull_latest_from_table_or_query(
+        store.config, mapped.batch_source, ["uid"], ["n"], "moment", None, at(0), at(9)
+    )
+    assert raw.to_polars().select("uid", "n").rows() == [("a", 3)]
+
+
+@pytest.mark.parametrize("names", [("user_id", "clicks"), ("uid", "n")], ids=["new names", "old names"])
+def test_a_write_takes_the_names_on_both_sides_of_the_mapping(store: Store, names: tuple[str, str]) -> None:
+    store.write(features([("a", at(1), 1)]).rename({"user_id": "uid", "clicks": "n"}))
+    mapped = view()
+    mapped.batch_source.field_mapping = {"uid": "user_id", "n": "clicks"}
+    pushed = features([("a", at(2), 2)]).rename(dict(zip(("user_id", "clicks"), names, strict=True)))
+    PolarsOfflineStore.offline_write_batch(store.config, mapped, pushed.to_arrow(), None)
+    assert store.clicks(entities([("a", at(2))]), mapped) == [2]
+
+
+def test_rows_created_after_the_question_can_count_as_unknown(store: Store) -> None:
+    rows = features([("a", at(1), 1), ("a", at(1), 11), ("a", at(2), 2), ("a", at(0), 0)])
+    store.write(rows.with_columns(created=pl.Series([at(1), at(5), at(4), at(9)], dtype=TIME)))
+    asked = entities([("a", at(hour)) for hour in (1, 3, 4, 6, 10)])
+    created = view(created="created")
+    assert store.clicks(asked, created) == [11, 2, 2, 2, 2]
+    assert store.ask(asked, created, filter_by_created_timestamp=True).to_polars()["clicks"].to_list() == [1, 1, 2, 2, 2]
+
+
+def test_a_large_view_joined_in_parts_gives_the_same_answer(store: Store) -> None:
+    store.write(features([(f"u{number % 7}", at(number % 5), number) for number in range(50)]))
+    asked = entities([(f"u{number % 9}", at(number % 6)) for number in range(40)])
+    left, rows, rule = question_of(store, asked)
+    parts = [part for part, _ in as_of._parts(left, rows, rule, 10)]
+    assert len(parts) == 5
+    assert sum(part.height for part in parts) == asked.height
+    assert as_of.newest_known(left, rows, rule, rows_per_part=10)["clicks"].to_list() == store.clicks(asked)
+
+
+def question_of(store: Store, asked: pl.DataFrame) -> tuple[pl.DataFrame, pl.LazyFrame, as_of.Rule]:
+    rows = pl.scan_parquet(store.folder / "stats.parquet").rename({"event_timestamp": as_of.KNOWN})
+    left = asked.rename({"event_timestamp": as_of.ASKED}).with_row_index(as_of.ROW)
+    return left, rows, as_of.Rule(("user_id",), None, False, False)
+
+
+def test_a_label_view_is_joined_by_its_newest_label_and_refused_when_labelers_vote(store: Store) -> None:
+    store.write(features([("a", at(1), 1), ("a", at(3), 0)]))
+    source = view().batch_source
+    schema = [Field(name="user_id", dtype=String), Field(name="clicks", dtype=Int64)]
+    newest = LabelView(name="stats", source=source, entities=[USER], schema=schema)
+    assert store.clicks(entities([("a", at(2)), ("a", at(3)), ("b", at(3))]), newest) == [1, 0, None]
+    vote = LabelView(name="stats", source=source, entities=[USER], schema=schema, conflict_policy=ConflictPolicy.MAJORITY_VOTE)
+    with pytest.raises(IncompatibleError, match="majority_vote"):
+        store.clicks(entities([("a", at(2))]), vote)
+
+
+def test_metadata_names_the_keys_and_the_range_of_times(store: Store) -> None:
+    store.write(features([("a", at(0), 3)]))
+    found = store.ask(entities([("a", at(2)), ("a", at(1))], label=[0, 1]).lazy()).metadata
+    assert (found.keys, found.min_event_timestamp, found.max_event_timestamp) == (["user_id", "label"], at(1), at(2))
+    assert store.ask(entities([])).metadata.min_event_timestamp.year == 1970
+
+
 HOURS = st.integers(0, 8)
 KNOWN = st.lists(st.tuples(st.sampled_from("abc"), HOURS, st.integers(0, 99)), max_size=25)
 ASKED = st.lists(st.tuples(st.sampled_from("abcd"), HOURS), max_size=25)
 
 
 @settings(max_examples=60, deadline=None)
-@given(KNOWN, ASKED, st.sampled_from([0, 1, 3]))
+@given(KNOWN, ASKED, st.sampled_from([0, 1, 3]), st.sampled_from([[], [1], [0, 1]]))
 def test_agrees_with_a_judge_that_looks_at_every_row(
-    tmp_path_factory: pytest.TempPathFactory, known: list[tuple[str, int, int]], asked: list[tuple[str, int]], ttl: int
+    tmp_path_factory: pytest.TempPathFactory,
+    known: list[tuple[str, int, int]],
+    asked: list[tuple[str, int]],
+    ttl: int,
+    layout: list[int],
 ) -> None:
+    """In files of any order, by time, and by key and time: the two that need no sorting."""
+    known = sorted(known, key=lambda row: [row[at] for at in layout])
+
     def judge(user: str, hour: int) -> int | None:
         seen = [(when, order, clicks) for order, (who, when, clicks) in enumerate(known) if who == user and when <= hour]
         in_time = [row for row in seen if not ttl or hour - row[0] <= ttl]
@@ -300,6 +402,29 @@ def test_agrees_with_a_judge_that_looks_at_every_row(
     answer = store.ask(frame, view(ttl=timedelta(hours=ttl))).to_polars()
     assert answer["clicks"].to_list() == [judge(who, hour) for who, hour in asked]
     assert answer.drop("clicks").equals(frame)
+
+
+CREATIONS = st.lists(st.tuples(st.sampled_from("ab"), HOURS, st.none() | HOURS), max_size=25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CREATIONS, ASKED, st.sampled_from([0, 2]))
+def test_what_was_not_created_yet_agrees_with_a_judge_too(
+    tmp_path_factory: pytest.TempPathFactory, known: list[tuple[str, int, int | None]], asked: list[tuple[str, int]], ttl: int
+) -> None:
+    def judge(user: str, hour: int) -> int | None:
+        rows = [(when, made, order) for order, (who, when, made) in enumerate(known) if who == user and made is not None]
+        seen = [row for row in rows if max(row[:2]) <= hour and (not ttl or hour - row[0] <= ttl)]
+        return max(seen)[2] if seen else None
+
+    store = Store(tmp_path_factory.mktemp("judge"))
+    created = pl.Series([None if made is None else at(made) for _, _, made in known], dtype=TIME)
+    rows = features([(who, at(when), order) for order, (who, when, _) in enumerate(known)])
+    store.write(rows.with_columns(created=created))
+    frame = entities([(who, at(hour)) for who, hour in asked])
+    stats = view(ttl=timedelta(hours=ttl), created="created")
+    answer = store.ask(frame, stats, filter_by_created_timestamp=True).to_polars()
+    assert answer["clicks"].to_list() == [judge(who, hour) for who, hour in asked]
 
 
 def test_ids_of_another_type_are_read_as_the_sources(store: Store) -> None:
