@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 import polars as pl
 import pyarrow.dataset
@@ -189,7 +190,7 @@ def _by_partition(frame: pl.DataFrame, names: list[str]) -> Iterator[tuple[str, 
     for values, part in frame.partition_by(names, include_key=False, as_dict=True, maintain_order=True).items():
         if None in values:
             raise InputError(f"rows without a value of {names} belong into no partition; fill them in")
-        yield "".join(f"{name}={value}/" for name, value in zip(names, values, strict=True)), part
+        yield "".join(f"{name}={quote(str(value), safe='')}/" for name, value in zip(names, values, strict=True)), part
 
 
 # --- elsewhere --------------------------------------------------------------------------------------------------------------

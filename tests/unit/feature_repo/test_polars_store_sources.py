@@ -216,15 +216,15 @@ def test_a_result_is_kept_as_a_file_or_a_folder_here_or_elsewhere(tmp_path: Path
 # --- logged features --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("partition_by", [None, ["day"]], ids=["plain", "partitioned"])
+@pytest.mark.parametrize("partition_by", [None, ["day"], ["day", "n"]], ids=["plain", "partitioned", "twice"])
 @pytest.mark.parametrize("as_path", [False, True], ids=["table", "path"])
 def test_logged_features_add_up_and_are_pulled_back(tmp_path: Path, partition_by: list[str] | None, as_path: bool) -> None:
     logging = LoggingConfig(destination=FileLoggingDestination(path="logs", partition_by=partition_by))
     for number in (1, 2):
-        rows = pa.table({"n": [number], "when": pa.array([at(number)], pa.timestamp("us", "UTC")), "day": [f"d{number}"]})
+        rows = pa.table({"n": [number], "when": pa.array([at(number)], pa.timestamp("us", "UTC")), "day": [f"d {number}/%ü"]})
         pl.from_arrow(rows).write_parquet(tmp_path / "flush.parquet")
         data = tmp_path / "flush.parquet" if as_path else rows
         PolarsOfflineStore.write_logged_features(config(tmp_path), data, None, logging, None)
     source = logging.destination.to_data_source()
     logs = PolarsOfflineStore.pull_all_from_table_or_query(config(tmp_path), source, [], ["n", "day"], "when", None, at(0), at(9))
-    assert logs.to_polars().select("n", "day").rows() == [(1, "d1"), (2, "d2")]
+    assert logs.to_polars().select("n", "day").rows() == [(1, "d 1/%ü"), (2, "d 2/%ü")]
