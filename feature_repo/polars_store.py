@@ -40,6 +40,8 @@ _FOR_EVER: Final = timedelta(days=365_000)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LARGEST_ARRAY: Final = 2**31 - 1
 _ROWS_PER_RANGE: Final = 5_000_000
+_MOST_RANGES: Final = 32
+"""Each range is a scan of the whole source: beyond this many, ranges grow instead."""
 
 
 class PolarsOfflineStoreConfig(FeastConfigBaseModel):  # type: ignore[misc]
@@ -269,9 +271,9 @@ def _newest(rows: pl.LazyFrame, keys: Sequence[str], order: Sequence[str]) -> pl
 
 
 def _key_ranges(rows: pl.LazyFrame, key: pl.Expr, size: int) -> list[pl.Expr | None]:
-    """Conditions that cut the rows into ranges of (length of key, key) of about `size` rows each; [None] for one range."""
+    """Conditions that cut the rows into ranges of (length of key, key), of about `size` rows at first; [None] for one range."""
     count = rows.select(pl.len()).collect().item()
-    ranges = -(-count // size)
+    ranges = min(-(-count // size), _MOST_RANGES)
     if ranges < 2:
         return [None]
     step = max(1, count // (1000 * ranges))
