@@ -1,6 +1,6 @@
-"""Checks that features are what they claim: no leak, served equals stored, fresh, and distributed as before.
+"""Checks that features are what they claim: no leak, online equals offline, fresh. `replay.py` and `shift.py` have more.
 
-In: Polars frames (a training frame, offline tables, served rows). Out: one `CheckResult` per check, whose `table` shows what
+In: Polars frames (a training frame, offline tables, online rows). Out: one `CheckResult` per check, whose `table` shows what
 was found wrong, row by row. Nothing here shares code with the offline store that it judges: the as-of value is found by sorting
 questions and answers together and filling forward, not by an as-of join.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
@@ -25,22 +25,20 @@ EVE: Final = timedelta(microseconds=1)
 CLOCK_SKEW: Final = timedelta(minutes=5)
 """How far in the future a timestamp may lie before it counts as wrong."""
 
-DRIFT_LIMIT: Final = 0.2
-"""Above it, a population stability index is usually read as a shift that matters."""
-
-_MAX_VALUES: Final = 20
-_SMOOTHING: Final = 0.5
-
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check's verdict: `rows` were looked at, `detail` says what was found, `table` shows it row by row."""
+    """One check's verdict: `rows` were looked at, `detail` says what was found, `table` shows it row by row.
+
+    `skipped` rows could not be looked at; `detail` says why.
+    """
 
     name: str
     passed: bool
     rows: int
     detail: str
     table: pl.DataFrame = field(default_factory=pl.DataFrame, compare=False, repr=False)
+    skipped: int = 0
 
 
 def leakage(
@@ -101,27 +99,56 @@ def freshness(as_of: datetime, ttl: timedelta, now: datetime) -> CheckResult:
     return CheckResult("freshness", passed, 1, detail)
 
 
-def drift_psi(
-    reference: pl.DataFrame,
-    current: pl.DataFrame,
-    features: Sequence[str] | None = None,
-    limit: float = DRIFT_LIMIT,
-    bins: int = 10,
-) -> CheckResult:
-    """Population stability index per feature, sum of (q - p) ln(q / p) over bins (Siddiqi 2006, Credit Risk Scorecards).
+def views_fresh(views: pl.DataFrame, limits: Mapping[str, timedelta], now: datetime, otherwise: timedelta) -> CheckResult:
+    """Was every view brought online within its ttl (`limits` by view; without one `otherwise`), and did no view expire whole?
 
-    Numbers are binned by the reference's quantiles, strings by its most frequent values; missing is a bin of its own. Lists are
-    no features here. The result's table: feature, psi, drifted (psi > limit). Raises InputError when a frame is empty.
+    `views` is [view, online_newest, materialized_until], as `materialize.freshness` gives it. The result's table: view, age_h and
+    limit_h (hours since the moment that was materialised up to, and how many it may be), newest_h (since the newest row online),
+    problem (null: none), the worst first. The detail names the worst.
     """
-    if reference.is_empty() or current.is_empty():
-        raise InputError(f"drift needs rows on both sides, not {len(reference)} and {len(current)}")
-    names = [name for name in features or reference.columns if name in current.columns and _can_drift(reference.schema[name])]
-    values = [_psi(*_binned(reference[name], current[name], bins)) for name in names]
-    table = pl.DataFrame({"feature": names, "psi": values}, schema={"feature": pl.String, "psi": pl.Float64})
-    table = table.with_columns((pl.col("psi") > limit).alias("drifted")).sort("psi", "feature", descending=[True, False])
-    drifted = table.filter("drifted")["feature"].to_list()
-    detail = f"{len(drifted)} of {len(names)} features moved by more than {limit}" + (f": {drifted}" if drifted else "")
-    return CheckResult("drift", not drifted, len(current), detail, table)
+    rows = [_view_age(row, limits.get(row["view"]), otherwise, now) for row in views.iter_rows(named=True)]
+    table = pl.DataFrame(rows, schema=_AGES, orient="row").sort(
+        pl.col("problem").is_null(), -(pl.col("age_h") / pl.col("limit_h")).fill_null(float("inf")), "view"
+    )
+    stale = table.filter(pl.col("problem").is_not_null())
+    if table.is_empty():
+        return CheckResult("views fresh", False, 0, "no view is applied; run `tandem features apply`", table)
+    worst = table.row(0, named=True)
+    age = "" if worst["age_h"] is None else f", as of {_spoken(timedelta(hours=worst['age_h']))} ago"
+    detail = f"{len(stale)} of {len(table)} views are not: {worst['view']} {worst['problem']}{age}"
+    if stale.is_empty():
+        detail = f"{len(table)} views within their limits; nearest to it: {worst['view']}{age} of {worst['limit_h']:g} h"
+    return CheckResult("views fresh", stale.is_empty(), len(table), detail, table)
+
+
+_AGES: Final = {
+    "view": pl.String(),
+    "age_h": pl.Float64(),
+    "limit_h": pl.Float64(),
+    "newest_h": pl.Float64(),
+    "problem": pl.String(),
+}
+
+
+def _view_age(row: Mapping[str, Any], ttl: timedelta | None, otherwise: timedelta, now: datetime) -> tuple[object, ...]:
+    limit = ttl or otherwise
+    age, newest = (None if moment is None else now - moment for moment in (row["materialized_until"], row["online_newest"]))
+    problem: str | None
+    if age is None:
+        problem = "was never materialised"
+    elif age < -CLOCK_SKEW:
+        problem = "is materialised up to a moment in the future"
+    elif age > limit:
+        problem = f"was materialised longer than {_spoken(limit)} ago"
+    elif newest is None:
+        problem = "has no row online"
+    else:
+        problem = "has only expired rows online" if ttl and newest > ttl else None
+    return row["view"], _hours(age), _hours(limit), _hours(newest), problem
+
+
+def _hours(duration: timedelta | None) -> float | None:
+    return None if duration is None else duration / timedelta(hours=1)
 
 
 # --- leakage -----------------------------------------------------------------------------------------------------------
@@ -156,12 +183,12 @@ def _feature_mistakes(
 ) -> pl.DataFrame:
     expected = table[feature].gather(known)
     wrong = asked.with_columns(frame[feature].alias("found"), expected.alias("expected")).filter(
-        ~_equal(frame[feature], expected)
+        ~equal_values(frame[feature], expected)
     )
     later = wrong.join(table.select(key, TIMESTAMP, pl.col(feature).alias("later")), on=key).filter(
         pl.col(TIMESTAMP) > pl.col("asked")
     )
-    leaked = later.filter(_equal(later["found"], later["later"]) & later["found"].is_not_null())["row"].unique()
+    leaked = later.filter(equal_values(later["found"], later["later"]) & later["found"].is_not_null())["row"].unique()
     return wrong.select(
         "row",
         pl.lit(view).alias("view"),
@@ -179,7 +206,7 @@ def _feature_mistakes(
 
 def _differences(both: pl.DataFrame, name: str, keys: Sequence[str], present: pl.Series, tolerance: float) -> pl.DataFrame:
     stored = both[f"{name}:stored"]
-    rows = both.with_columns(present.alias(":present")).filter(~(_equal(both[name], stored, tolerance) & present))
+    rows = both.with_columns(present.alias(":present")).filter(~(equal_values(both[name], stored, tolerance) & present))
     return rows.select(
         *keys,
         pl.lit(name).alias("feature"),
@@ -189,17 +216,17 @@ def _differences(both: pl.DataFrame, name: str, keys: Sequence[str], present: pl
     )
 
 
-def _equal(left: pl.Series, right: pl.Series, tolerance: float = 0.0) -> pl.Series:
+def equal_values(left: pl.Series, right: pl.Series, tolerance: float = 0.0) -> pl.Series:
     """Element by element: equal, or both missing (null or NaN)? Numbers within `tolerance` of the larger, at least of 1."""
     if left.dtype.is_numeric() and right.dtype.is_numeric():
-        one, other = _numbers(left), _numbers(right)
+        one, other = as_numbers(left), as_numbers(right)
         with np.errstate(invalid="ignore"):
             near = np.abs(one - other) <= tolerance * np.maximum(1.0, np.maximum(np.abs(one), np.abs(other)))
         return pl.Series(near | (one == other) | (np.isnan(one) & np.isnan(other)), dtype=pl.Boolean)
     return left.eq_missing(right.cast(left.dtype))
 
 
-def _numbers(values: pl.Series) -> NDArray[np.float64]:
+def as_numbers(values: pl.Series) -> NDArray[np.float64]:
     return values.cast(pl.Float64).fill_null(float("nan")).to_numpy()
 
 
@@ -208,50 +235,6 @@ def _as_text(name: str, dtype: pl.DataType) -> pl.Expr:
     if isinstance(dtype, pl.List):
         return pl.format("[{}]", pl.col(name).cast(pl.List(pl.String)).list.join(", ")).alias(name)
     return pl.col(name).cast(pl.String)
-
-
-# --- drift -------------------------------------------------------------------------------------------------------------
-
-
-def _can_drift(dtype: pl.DataType) -> bool:
-    return dtype.is_numeric() or dtype in (pl.String, pl.Boolean)
-
-
-def _binned(reference: pl.Series, current: pl.Series, bins: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Counts per bin of both columns; the last bin counts what is missing."""
-    if reference.dtype.is_numeric():
-        before, now = _numbers(reference), _numbers(current)
-        known = before[~np.isnan(before)]
-        edges = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)[1:-1])) if len(known) else np.zeros(0)
-        return _histogram(before, edges), _histogram(now, edges)
-    return _by_value(reference.cast(pl.String), current.cast(pl.String))
-
-
-def _histogram(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Counts between the edges and on each edge: a column of few values, or of one, has them all on edges."""
-    place = np.searchsorted(edges, values, side="left") + np.searchsorted(edges, values, side="right")
-    missing = 2 * len(edges) + 1
-    return np.bincount(np.where(np.isnan(values), missing, place), minlength=missing + 1)
-
-
-def _by_value(reference: pl.Series, current: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Counts of the reference's most frequent values, of all others, and of missing ones."""
-    counts = reference.drop_nulls().value_counts(name="count").sort("count", reference.name, descending=[True, False])
-    frequent = counts[reference.name].head(_MAX_VALUES)
-
-    def tally(values: pl.Series) -> NDArray[np.int64]:
-        named = [int((values == value).sum()) for value in frequent]
-        missing = values.null_count()
-        return np.array([*named, len(values) - sum(named) - missing, missing])
-
-    return tally(reference), tally(current)
-
-
-def _psi(before: NDArray[np.int64], now: NDArray[np.int64]) -> float:
-    """The index over smoothed shares: an empty bin is rare, not impossible."""
-    p = (before + _SMOOTHING) / (before.sum() + _SMOOTHING * len(before))
-    q = (now + _SMOOTHING) / (now.sum() + _SMOOTHING * len(now))
-    return float(((q - p) * np.log(q / p)).sum())
 
 
 def _spoken(age: timedelta) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo.checks import CheckResult, drift_psi, freshness, leakage, parity
+from feature_repo.checks import CheckResult, freshness, leakage, parity, views_fresh
 from tandem.core.errors import InputError
 from tandem.core.schema import TIME
 
@@ -205,45 +205,39 @@ def test_freshness(hours: float, passed: bool, said: str) -> None:
     assert said in result.detail
 
 
-def sample(seed: int, shift: float = 0.0, missing: float = 0.0, rows: int = 4_000) -> pl.DataFrame:
-    rng = np.random.default_rng(seed)
-    number = np.where(rng.random(rows) < missing, np.nan, rng.normal(shift, 1, rows))
-    word = np.where(rng.random(rows) < 0.7 - shift / 4, "red", "blue")
-    return pl.DataFrame({"number": number, "word": word, "constant": 3, "tags": [["a"]] * rows})
+def ages(**columns: list[datetime | None]) -> pl.DataFrame:
+    frame = {"view": ["user_stats", "item_stats"], "online_newest": [at(0), at(0)], "materialized_until": [at(20), at(20)]}
+    return pl.DataFrame(frame | columns, schema_overrides={"online_newest": TIME, "materialized_until": TIME})
 
 
-def psi(reference: pl.DataFrame, current: pl.DataFrame) -> dict[str, float]:
-    return dict(drift_psi(reference, current).table.select("feature", "psi").rows())
+def test_views_within_their_limits_are_fresh() -> None:
+    result = views_fresh(ages(), {"item_stats": timedelta(hours=30)}, at(24), timedelta(days=2))
+    assert (result.passed, result.rows) == (True, 2)
+    assert result.table.select("view", "age_h", "limit_h", "newest_h").rows() == [
+        ("item_stats", 4, 30, 24),
+        ("user_stats", 4, 48, 24),
+    ]
+    assert "nearest to it: item_stats, as of 4 h 0 min ago of 30 h" in result.detail
 
 
-def test_two_samples_of_one_population_do_not_drift() -> None:
-    result = drift_psi(sample(1), sample(2))
-    assert result.passed
-    assert set(psi(sample(1), sample(2))) == {"number", "word", "constant"}
-    assert result.table["psi"].max() < 0.02  # type: ignore[operator]
-
-
-def test_a_shift_a_new_value_and_lost_values_drift() -> None:
-    assert psi(sample(1), sample(2, shift=1))["number"] > 0.2
-    assert psi(sample(1), sample(2, missing=0.3))["number"] > 0.2
-    assert psi(sample(1), sample(2).with_columns(word=pl.lit("green")))["word"] > 0.2
-    result = drift_psi(sample(1), sample(2, shift=1).with_columns(constant=pl.lit(4)))
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"materialized_until": [at(20), None]}, "item_stats was never materialised"),
+        ({"materialized_until": [at(20), at(2)]}, "item_stats was materialised longer than 20 h 0 min ago, as of 22 h 0 min ago"),
+        ({"materialized_until": [at(20), at(25)]}, "item_stats is materialised up to a moment in the future"),
+        ({"online_newest": [at(0), None]}, "item_stats has no row online"),
+        ({"online_newest": [at(0), at(3.9)]}, "item_stats has only expired rows online"),
+    ],
+)
+def test_a_view_that_is_not_fresh_is_named(columns: dict[str, list[datetime | None]], said: str) -> None:
+    """One view has a ttl of twenty hours, the other takes the default of two days."""
+    fresh = {"online_newest": [at(0), at(4)]}
+    result = views_fresh(ages(**(fresh | columns)), {"item_stats": timedelta(hours=20)}, at(24), timedelta(days=2))
     assert not result.passed
-    assert {"number", "constant"} <= set(result.table.filter("drifted")["feature"])
+    assert f"1 of 2 views are not: {said}" in result.detail
+    assert views_fresh(ages(**fresh), {"item_stats": timedelta(hours=20)}, at(24), timedelta(days=2)).passed
 
 
-def test_the_index_of_two_bins_by_hand() -> None:
-    """Half and half against nine in ten, 0.4 ln(0.9 / 0.5) - 0.4 ln(0.1 / 0.5), but for the smoothing."""
-    before, now = pl.DataFrame({"word": ["a", "b"] * 5_000}), pl.DataFrame({"word": ["a"] * 9_000 + ["b"] * 1_000})
-    assert psi(before, now)["word"] == pytest.approx(0.4 * np.log(0.9 / 0.5) - 0.4 * np.log(0.1 / 0.5), abs=2e-3)
-
-
-def test_a_column_that_was_always_missing_drifts_when_it_arrives() -> None:
-    nothing = pl.DataFrame({"number": [None] * 500}, schema={"number": pl.Float64})
-    assert psi(nothing, nothing)["number"] == 0
-    assert psi(nothing, pl.DataFrame({"number": np.arange(500.0)}))["number"] > 1
-
-
-def test_drift_needs_rows() -> None:
-    with pytest.raises(InputError, match="0 and 4000"):
-        drift_psi(sample(1).clear(), sample(1))
+def test_no_view_at_all_is_a_failure() -> None:
+    assert not views_fresh(ages().clear(), {}, at(24), timedelta(days=2)).passed
