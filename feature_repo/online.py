@@ -6,8 +6,8 @@ arrays (`Snapshot`). Feast is imported when a reader is built; the snapshot neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,10 +27,14 @@ _USERS_PER_READ: Final = 500
 
 @dataclass(frozen=True)
 class UserRow:
-    """One user's features by name (None = missing) and, by view, when they became known (None = unknown user)."""
+    """One user's features by name (None = missing) and, by view, when they became known (None = unknown user).
+
+    `views` names the features of each view.
+    """
 
     features: dict[str, Any]
     times: dict[str, datetime | None]
+    views: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class UserReader:
         self._now = now
         self._key = entity_key
         self._plain = feast_value_type_to_python_type
+        self.views: Mapping[str, tuple[str, ...]] = {view.feature_view.name: view.names for view in self._views}
         self.names: tuple[str, ...] = tuple(name for view in self._views for name in view.names)
 
     def row(self, user_id: str) -> dict[str, Any]:
@@ -81,7 +86,7 @@ class UserReader:
 
     def _read_chunk(self, user_ids: Sequence[str]) -> list[UserRow]:
         keys = [self._key("user_id", user_id) for user_id in user_ids]
-        rows = [UserRow(dict.fromkeys(self.names), {}) for _ in user_ids]
+        rows = [UserRow(dict.fromkeys(self.names), {}, self.views) for _ in user_ids]
         now = self._now()
         for view in self._views:
             answers = self._read(self._config, view.feature_view, keys, list(view.names))

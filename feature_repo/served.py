@@ -36,9 +36,10 @@ SERVED: Final[dict[str, pl.DataType]] = {
     "timestamp": TIME,
     "release": pl.String(),
     "view_versions": pl.String(),
+    "features_read": pl.String(),
 }
-"""Columns of the served-log in order; those in `REQUIRED` are never null. `view_versions` is JSON, {view: version}. More columns
-(predictions, features) may follow."""
+"""Columns of the served-log in order; those in `REQUIRED` are never null. `view_versions` is JSON, {view: version}.
+`features_read`, in a slate's first row, is what `replay.py` holds against the as-of join. More columns may follow."""
 
 REQUIRED: Final = ("request_id", "item_id", "position", "timestamp")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
+from feature_repo.online import UserRow
 from tandem.core.errors import UnavailableError
 from tandem.service.recommend import UserRows
 
@@ -19,13 +20,13 @@ class GuardedUsers:
         self._users, self._pause_s, self._clock = users, pause_s, clock
         self._open_until = 0.0
 
-    def row(self, user_id: str) -> Mapping[str, Any]:
-        """One user's features; raises UnavailableError while the breaker is open, and whatever the reader raises."""
+    def read(self, user_ids: Sequence[str]) -> list[UserRow]:
+        """Users' features; raises UnavailableError while the breaker is open, and whatever the reader raises."""
         now = self._clock()
         if now < self._open_until:
             raise UnavailableError(f"user features failed less than {self._pause_s} s ago; they are asked again after that")
         try:
-            return self._users.row(user_id)
+            return self._users.read(user_ids)
         except Exception:
             self._open_until = self._clock() + self._pause_s
             raise

@@ -17,6 +17,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from feature_repo.online import UserRow
+from feature_repo.replay import features_read
 from feature_repo.served import ServedLog
 from ranking.explain import Evidence, reason
 from ranking.rerank import by_score, explore, mmr
@@ -34,9 +36,9 @@ WORDS_WEIGHT: Final = 1.5
 
 
 class UserRows(Protocol):
-    """Reads one user's features by name; every value None for an unknown user."""
+    """Reads users' features; every value None for an unknown user."""
 
-    def row(self, user_id: str) -> Mapping[str, Any]: ...
+    def read(self, user_ids: Sequence[str]) -> list[UserRow]: ...
 
 
 class ItemFeatures(Protocol):
@@ -180,17 +182,18 @@ class Recommender:
         """The spine. Unknown users, items and words are answered; raises InputError only for an ask that means nothing."""
         ask, now = _checked(ask), now or self._parts.clock()
         clock = _Clock()
-        users, cold = self._user(ask, now, clock)
+        users, cold, read = self._user(ask, now, clock)
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
         found, tower = self._candidates(queries, ask, clock)
+        as_of = self.features_as_of
         features, names = self._features(users, found, tower, clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         scores = self._with_words(scores, found, queries)
         order, propensity = self._rerank(found, scores, ask.k, clock)
         items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
         slate = self._slate(ask, items, cold, truncated, clock)
-        self._log(ask, slate)
+        self._log(ask, slate, read, as_of, self._first_item(features, names, order))
         return slate
 
     def similar(self, item_id: str, k: int = 10, now: datetime | None = None) -> Slate:
@@ -213,7 +216,7 @@ class Recommender:
         """Which stage dropped the item for this user, or at what rank and score it passed each of them."""
         item, now, clock = self._row(item_id), now or self._parts.clock(), _Clock()
         ask = _checked(Ask(user_id=user_id))
-        users, _ = self._user(ask, now, clock)
+        users, _, _ = self._user(ask, now, clock)
         queries = self._queries(ask, users, None, now)
         traced = self._parts.retriever.trace(queries, item, self._parts.config)
         stages: list[tuple[str, str, int | None, float | None]] = [
@@ -258,17 +261,21 @@ class Recommender:
 
     # ------------------------------------------------------------------------------------------------------------- stages
 
-    def _user(self, ask: Ask, now: datetime, clock: _Clock) -> tuple[Users, bool]:
-        """The user's features with the session's items behind their history; an unknown user has only the session."""
-        row: dict[str, Any] = {}
+    def _user(self, ask: Ask, now: datetime, clock: _Clock) -> tuple[Users, bool, UserRow | None]:
+        """The user's features with the session's items behind their history, and the row that they came from, if one was read.
+
+        An unknown user has only the session.
+        """
+        read: UserRow | None = None
         with clock.stage("user", "user_features_unavailable"):
             if ask.user_id is not None and self._parts.users is not None:
-                row = dict(self._parts.users.row(ask.user_id))
+                (read,) = self._parts.users.read([ask.user_id])
+        row = {} if read is None else dict(read.features)
         cold = not row.get("history_items")
         if ask.session:
             row["history_items"] = [*(row.get("history_items") or ()), *ask.session]
             row["history_times"] = [*(row.get("history_times") or ()), *[_us(now)] * len(ask.session)]
-        return self._parts.assembler.users([row], np.array([_us(now)], np.int64)), cold
+        return self._parts.assembler.users([row], np.array([_us(now)], np.int64)), cold, read
 
     def _sentence(self, ask: Ask, clock: _Clock) -> tuple[NDArray[np.float32] | None, bool]:
         """The sentence's vector (1, T), and whether the model could not read all of it."""
@@ -429,16 +436,28 @@ class Recommender:
             items, self.release, ask.request_id or uuid.uuid4().hex, tuple(clock.degraded), clock.total(), cold, truncated
         )
 
-    def _log(self, ask: Ask, slate: Slate) -> None:
+    def _first_item(
+        self, features: NDArray[np.float32], names: tuple[str, ...], order: NDArray[np.int64]
+    ) -> dict[str, float] | None:
+        """What the ranker knew of the slate's first item; None when there is none, or no features could be read."""
+        if self._parts.items is None or not len(features) or not len(order):
+            return None
+        own = set(self._parts.assembler.item_names)
+        return {name: float(value) for name, value in zip(names, features[order[0]], strict=True) if name in own}
+
+    def _log(
+        self, ask: Ask, slate: Slate, read: UserRow | None, items_as_of: datetime | None, first: Mapping[str, float] | None
+    ) -> None:
         if self._parts.log is None:
             return
+        kept = features_read(read, items_as_of, first)
         now = datetime.now(UTC)
         self._parts.log.write(
             [
                 {
                     "request_id": slate.request_id, "user_id": ask.user_id, "item_id": item.item_id, "position": item.position,
                     "score": item.score, "propensity": item.propensity, "timestamp": now, "release": slate.release,
-                    "view_versions": self._parts.views,
+                    "view_versions": self._parts.views, "features_read": kept if item.position == 1 else None,
                 }
                 for item in slate.items
             ]

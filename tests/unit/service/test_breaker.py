@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 
+from feature_repo.online import UserRow
 from tandem.core.errors import UnavailableError
 from tandem.service.breaker import GuardedUsers
 
@@ -16,23 +17,23 @@ class Store:
     def __init__(self) -> None:
         self.asked, self.up, self.now = 0, True, 100.0
 
-    def row(self, user_id: str) -> dict[str, Any]:
+    def read(self, user_ids: Sequence[str]) -> list[UserRow]:
         self.asked += 1
         if not self.up:
             raise ConnectionError("nobody listens")
-        return {"user": user_id}
+        return [UserRow({"user": user_id}, {}) for user_id in user_ids]
 
 
 def test_a_failure_opens_it_and_time_closes_it() -> None:
     store = Store()
     users = GuardedUsers(store, pause_s=2.0, clock=lambda: store.now)
-    assert users.row("ann") == {"user": "ann"}
+    assert users.read(["ann"])[0].features == {"user": "ann"}
     store.up = False
     with pytest.raises(ConnectionError):
-        users.row("ann")
+        users.read(["ann"])
     store.up, store.now = True, 101.9
     with pytest.raises(UnavailableError, match=r"less than 2.0 s ago"):
-        users.row("ann")
+        users.read(["ann"])
     assert store.asked == 2
     store.now = 102.0
-    assert users.row("bob") == {"user": "bob"}
+    assert users.read(["bob"])[0].features == {"user": "bob"}
