@@ -31,6 +31,9 @@ from tandem.core.folders import whole_folder
 from tandem.core.schema import ITEMS, TIME, USERS, Source, Task
 
 VIEW_VERSION: Final = 1
+FIRST_PART: Final = "part-0.parquet"
+"""The file of a view's folder that a build writes."""
+
 _BLOCK_CELLS: Final = 250_000
 """Cells of the dense event x category block that `_user_categories` holds at a time: small enough for the cache."""
 _EPOCH: Final = pl.lit(0).cast(TIME)
@@ -119,7 +122,7 @@ def write_tables(tables: Mapping[str, pl.DataFrame], features_folder: Path) -> t
     features_folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         with whole_folder(features_folder / name) as folder:
-            table.write_parquet(folder / "part-0.parquet", compression="zstd", compression_level=1)
+            table.write_parquet(folder / FIRST_PART, compression="zstd", compression_level=1)
     views = tuple(_view(name, table) for name, table in tables.items())
     write_views(features_folder, views)
     return views

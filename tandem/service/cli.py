@@ -1,8 +1,8 @@
 """`tandem`: one command per recipe, and questions to the live release.
 
 Each command prints what it made, how long it took and the next command; with `--json` the same goes to standard output, alone.
-Progress and errors go to standard error. Exit codes: 0, 1 failed, 2 usage, 3 a gate refused. Everything heavy is imported inside
-the commands, so that `--help` costs nothing.
+Progress and errors go to standard error. Exit codes: 0, 1 failed, 2 usage, 3 a gate or a check refused. Everything heavy is
+imported inside the commands, so that `--help` costs nothing.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def features_push(
 
 @features.command("check")
 def features_check(context: typer.Context, as_json: Json = False) -> None:
-    """Leakage, parity of the online store, freshness."""
+    """Leakage, parity online and as served, freshness, drift: one table; exit code 3 when a check fails."""
     _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_check(settings)))
 
 
@@ -443,6 +443,8 @@ def _run(context: typer.Context, as_json: bool, work: Work) -> None:
         with watched(sys.stderr) as progress:
             outcome = work(settings, progress)
         print_outcome(outcome, time.perf_counter() - started, as_json, out)
+        if outcome.refused:
+            raise typer.Exit(REFUSED)
 
 
 def _moment(text: str) -> datetime:

@@ -21,7 +21,7 @@ class Table:
 class Outcome:
     """`made`: what was made, in a sentence. `data`: the same for programs (JSON-able). `next`: the command that follows.
 
-    `more` tables come after the first one.
+    `more` tables come after the first one. `refused`: the answer is no, and the command ends with the exit code of a refusal.
     """
 
     made: str
@@ -29,3 +29,4 @@ class Outcome:
     table: Table | None = None
     next: str = ""
     more: tuple[Table, ...] = ()
+    refused: bool = False

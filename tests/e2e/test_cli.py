@@ -183,7 +183,7 @@ def test_feature_commands(workspace: Path) -> None:
     assert {"user_stats", "item_stats"} <= set(answer(workspace, "features", "apply")["views"])
     views = answer(workspace, "features", "materialize", "--since", "2025-01-10")["views"]
     assert sum(each["quarantined"] for each in views.values()) == 0
-    assert all(each["passed"] for each in answer(workspace, "features", "check").values() if isinstance(each, dict))
+    assert answer(workspace, "features", "check")["passed"] is True
 
 
 def test_a_release_is_made_judged_promoted_and_rolled_back(workspace: Path) -> None:
