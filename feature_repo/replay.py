@@ -173,7 +173,7 @@ def _item_reads(sample: _Sample, view: ViewSchema, tally: _Tally) -> Iterator[_R
 
 
 def _skip_old_views(sample: _Sample, entity: str, views: Sequence[ViewSchema], tally: _Tally) -> None:
-    """Count the rows of views that are built no more, or in another version."""
+    """Count the rows of views that are built no more, or in another version. An item view is known by how its name begins."""
     built = {view.name: view.version for view in views}
     for slate in sample.slates:
         part = slate["read"].get(entity)
