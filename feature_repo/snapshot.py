@@ -71,9 +71,9 @@ class Snapshot:
         """All features of some rows, `(len(rows), len(names)) float64`, in memory; a row of -1 is all NaN."""
         if not len(self.item_ids):
             return np.full((len(rows), len(self.names)), np.nan)
-        found = self._table[rows]
+        found = np.take(self._table.view(np.ndarray), rows, axis=0, mode="wrap")
         found[rows < 0] = np.nan
-        return np.asarray(found)
+        return found
 
     @cached_property
     def _table(self) -> np.ndarray:

@@ -187,8 +187,8 @@ def _training_cut(settings: Settings) -> datetime | None:
     """Where the champion's training window ends, where its split is one of time; otherwise, or without a champion, None."""
     if (settings.split.kind or load_source(settings.data).split) != "time":
         return None
-    if not settings.registry.url and not (settings.state / "tandem.db").exists():
-        return None  # opening the registry would make one
+    if not settings.knows_releases:
+        return None
     store = ReleaseStore(settings.registry_url, settings.releases)
     try:
         name = store.champion().name
