@@ -53,7 +53,8 @@ def erase_user(workspace: Path, user_id: str) -> Erased:
     Raises IntegrityError when a place still names the user, and BusyError while an import or a build holds the workspace.
     """
     user_id, data = check_id(user_id, "user_id"), workspace / "data"
-    with held(data / LOCK_FILE, "erase", _WAIT_S), held(workspace / LOCK, "erase", _WAIT_S):
+    # A build takes the locks in this order, too.
+    with held(workspace / LOCK, "erase", _WAIT_S), held(data / LOCK_FILE, "erase", _WAIT_S):
         _remember(data, user_id)
         rows = {str(path.relative_to(workspace)): gone for path in _tables(workspace) if (gone := _strike(path, user_id))}
         (workspace / "state" / "demo.json").unlink(missing_ok=True)  # the demo's people

@@ -49,11 +49,13 @@ class Pushed:
 
 
 class EventGate:
-    """Takes events into one workspace; holds its Feast store and items open between calls."""
+    """Takes events into one workspace; holds its Feast store open between calls.
+
+    Items are read at every call, since an import may have brought new ones meanwhile.
+    """
 
     def __init__(self, workspace: Path, config: AggregateConfig) -> None:
         self._workspace, self._data, self._config = workspace, workspace / "data", config
-        self._source, self._items = load_source(self._data), load_items(self._data)
         self._store: FeatureStore | None = None
 
     def push(self, draft: pl.DataFrame, now: datetime) -> Pushed:
@@ -88,7 +90,7 @@ class EventGate:
 
     def _cleaned(self, draft: pl.DataFrame, now: datetime) -> tuple[pl.DataFrame, pl.DataFrame]:
         rows = draft.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row"))
-        good, refused = clean_events(rows, known_items=self._items["item_id"], now=now)
+        good, refused = clean_events(rows, known_items=load_items(self._data)["item_id"], now=now)
         events = with_event_ids(good)
         if "event_id" in draft.columns:
             given = rows.select("row", pl.col("event_id").cast(pl.String).alias("given"))
@@ -97,8 +99,8 @@ class EventGate:
         return events, refused
 
     def _update(self, touched: pl.DataFrame, now: datetime) -> None:
-        config = replace(self._config, until=now)
-        rows = rows_since(scan_events(self._data), self._items, self._source, config, touched)
+        config, source = replace(self._config, until=now), load_source(self._data)
+        rows = rows_since(scan_events(self._data), load_items(self._data), source, config, touched)
         self._store = store = self._store or open_store(self._workspace)
         for view in read_views(self._workspace / "features"):
             if view.name in rows:

@@ -21,6 +21,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from feature_repo.snapshot import CURRENT, Snapshot
+from feature_repo.store import write_parquet
 from tandem.core.errors import TandemError
 
 FRESH: Final = "fresh"
@@ -35,9 +36,7 @@ def write_fresh(snapshot_folder: Path, rows: pl.DataFrame) -> None:
     version = current.read_text(encoding="utf-8").strip()
     folder = snapshot_folder / FRESH / version
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".partial-{uuid.uuid4().hex}"
-    rows.write_parquet(beside)
-    beside.replace(folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet")
+    write_parquet(rows, folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet")
     for old in (snapshot_folder / FRESH).iterdir():
         if old.name != version and not (snapshot_folder / old.name).is_dir():
             shutil.rmtree(old, ignore_errors=True)
@@ -73,12 +72,8 @@ class LiveSnapshot:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises NotFoundError when there is no snapshot, IntegrityError when it is damaged."""
-        self._folder, self._item_ids, self._every_s, self._clock = (
-            folder,
-            pl.Series("item_id", item_ids, pl.String),
-            every_s,
-            clock,
-        )
+        self._folder, self._every_s, self._clock = folder, every_s, clock
+        self._item_ids = pl.Series("item_id", item_ids, pl.String)
         self._looking = threading.Lock()
         self._view = self._with_parts(self._opened())
         self._next_look = clock() + every_s
@@ -122,10 +117,8 @@ class LiveSnapshot:
 
     def _opened(self) -> _View:
         snapshot = Snapshot.load(self._folder)
-        known = pl.DataFrame({"item_id": snapshot.item_ids}).with_row_index("row")
-        rows = self._item_ids.to_frame().join(known, on="item_id", how="left", maintain_order="left")["row"]
         none = np.empty(0, np.int64)
-        return _View(snapshot, rows.cast(pl.Int64).fill_null(-1).to_numpy(), (), none, np.empty((0, 0)), none)
+        return _View(snapshot, snapshot.rows_of(self._item_ids), (), none, np.empty((0, 0)), none)
 
     def _with_parts(self, view: _View) -> _View:
         """The view with all parts that lie over its version; the newest row of an item counts."""

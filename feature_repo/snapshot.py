@@ -58,8 +58,10 @@ class Snapshot:
 
     def rows_of(self, ids: Sequence[str] | pl.Series) -> np.ndarray:
         """Row of each item, `(len(ids),) int64`; -1 where the snapshot does not know it."""
-        rows = self._row_of
-        return np.fromiter((rows.get(each, -1) for each in ids), dtype=np.int64, count=len(ids))
+        known = pl.DataFrame({"item_id": self.item_ids}).with_row_index("row")
+        asked = pl.DataFrame({"item_id": pl.Series(ids, dtype=pl.String)})
+        rows = asked.join(known, on="item_id", how="left", maintain_order="left")["row"]
+        return rows.cast(pl.Int64).fill_null(-1).to_numpy()
 
     def column(self, name: str) -> np.ndarray:
         """One feature, `(len(item_ids),) float64`, memory-mapped; NaN where it is missing. Raises NotFoundError."""
@@ -79,10 +81,6 @@ class Snapshot:
     def _table(self) -> np.ndarray:
         table: np.ndarray = np.load(self.folder / _FEATURES, mmap_mode="r", allow_pickle=False)
         return table
-
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {each: row for row, each in enumerate(self.item_ids)}
 
 
 def write_snapshot(features_folder: Path, snapshot_folder: Path, as_of: datetime) -> str:

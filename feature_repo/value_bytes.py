@@ -33,7 +33,7 @@ def value_column(values: pl.Series, kind: FeastType) -> pa.LargeBinaryArray:
 
     Raises InputError for null inside a list of whole numbers, which has no encoding.
     """
-    encode = _ENCODERS.get(_name(kind))
+    encode = _ENCODERS.get(str(kind))
     if encode is None:
         rows = python_values_to_proto_values(values.to_list(), kind.to_value_type())
         return pa.array([row.SerializeToString() for row in rows], pa.large_binary())
@@ -65,10 +65,6 @@ def content_of(values: pa.LargeBinaryArray) -> tuple[NDArray[np.int64], memoryvi
     """The values as they lie in memory, one behind the other: borders (N + 1,) and bytes."""
     offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
     return offsets, memoryview(values.buffers()[2] or b"")
-
-
-def _name(kind: FeastType) -> str:
-    return str(kind)
 
 
 # --- one encoder per type; the columns hold no nulls -----------------------------------------------------------------------
@@ -108,12 +104,12 @@ def _double_lists(values: pl.Series) -> pa.LargeBinaryArray:
 
 
 _ENCODERS: Final[dict[str, tuple[pl.DataType, Callable[[pl.Series], pa.LargeBinaryArray]]]] = {
-    _name(Float64): (pl.Float64(), _doubles),
-    _name(Int64): (pl.Int64(), _ints),
-    _name(String): (pl.String(), _texts),
-    _name(Array(String)): (pl.List(pl.String()), _text_lists),
-    _name(Array(Int64)): (pl.List(pl.Int64()), _int_lists),
-    _name(Array(Float64)): (pl.List(pl.Float64()), _double_lists),
+    str(Float64): (pl.Float64(), _doubles),
+    str(Int64): (pl.Int64(), _ints),
+    str(String): (pl.String(), _texts),
+    str(Array(String)): (pl.List(pl.String()), _text_lists),
+    str(Array(Int64)): (pl.List(pl.Int64()), _int_lists),
+    str(Array(Float64)): (pl.List(pl.Float64()), _double_lists),
 }
 
 

@@ -17,7 +17,8 @@ from feature_repo.live_snapshot import LiveSnapshot
 from feature_repo.materialize import materialize
 from feature_repo.offline import LOCK
 from feature_repo.online import UserReader
-from feature_repo.store import load_events, load_items, load_rejected, load_users, pending_parts
+from feature_repo.sources.raw import Raw, no_rejections
+from feature_repo.store import load_events, load_items, load_rejected, load_source, load_users, pending_parts, save_raw
 from feature_repo.views import TIMESTAMP
 from tandem.core.errors import InputError
 from tandem.core.folders import held, read_json
@@ -199,3 +200,11 @@ def test_a_run_of_everything_takes_new_events_in(settings: Settings, gate: Event
             recipes.run_all(settings)
     assert read_json(marks)["build"] != before
     assert not pending_parts(settings.data)
+
+
+def test_an_item_that_was_imported_meanwhile_is_known(settings: Settings, gate: EventGate) -> None:
+    push(gate, draft(settings, action="click"))
+    newcomer = load_items(settings.data).head(1).with_columns(item_id=pl.lit("newcomer"))
+    nothing = load_events(settings.data).clear()
+    save_raw(Raw(nothing, newcomer, load_users(settings.data), load_source(settings.data), no_rejections()), settings.data, False)
+    assert push(gate, draft(settings, event_id="e2", item_id="newcomer", action="click")).appended == 1

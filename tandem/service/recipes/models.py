@@ -11,6 +11,7 @@ from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, Prog
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
+    from registry.store import Release
     from tandem.service.evaluation import Evaluation, Rival
     from tandem.service.learn import Dataset
 
@@ -122,7 +123,7 @@ def _rival(settings: Settings, data: Dataset, store: Any, towers: str) -> tuple[
     with open_releases(settings) as releases:
         name = releases.champion().name
         champion = releases.get(name) if name else None
-    if champion is None or champion.manifest.fingerprints["towers"] == towers:
+    if champion is None or _is_these_parts(settings, champion, towers):
         return None, None
     try:
         verify_release(champion.folder, champion.content_hash)
@@ -130,6 +131,12 @@ def _rival(settings: Settings, data: Dataset, store: Any, towers: str) -> tuple[
         return champion.name, Rival.open(settings, data, champion.folder, store)
     except (IncompatibleError, IntegrityError, NotFoundError):
         return None, None
+
+
+def _is_these_parts(settings: Settings, release: Release, towers: str) -> bool:
+    """Was the release made of the very parts that are evaluated?"""
+    ranker = file_hash(settings.models / RANKER / "ranker.safetensors")
+    return release.manifest.fingerprints["towers"] == towers and release.manifest.files["ranker/ranker.safetensors"] == ranker
 
 
 def _figures(found: Evaluation) -> dict[str, Any]:
