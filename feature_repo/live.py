@@ -77,7 +77,8 @@ class EventGate:
             if not parts:
                 return 0, 0
             touched = pl.concat([pl.read_parquet(part, columns=["user_id", "item_id", "timestamp"]) for part in parts])
-            self._update(touched, now)
+            if touched.height:  # an erasure may have emptied them
+                self._update(touched, now)
             for part in parts:
                 mark_applied(part)
             return touched["user_id"].n_unique(), touched["item_id"].n_unique()

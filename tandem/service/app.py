@@ -107,7 +107,7 @@ class Service:
     def __init__(self, settings: Settings, recommender: Recommender | None, follow: bool) -> None:
         self.settings = settings
         self._follower = Follower(settings, lambda: self.release, self.swap, settings.service.follow_seconds) if follow else None
-        self._retired: list[tuple[threading.Timer, Recommender]] = []
+        self._retired: dict[Recommender, threading.Timer] = {}
         self.metrics = Metrics()
         self.phase: Phase = "starting"
         self._recommender = recommender
@@ -146,14 +146,18 @@ class Service:
 
     def swap(self, recommender: Recommender) -> None:
         """Let another release answer from the next request on; the old one is closed when its last request must be over."""
-        old, self._recommender = self.recommender, recommender
+        old, self._recommender, self._opened_here = self.recommender, recommender, True
         self.metrics.release.labels(old.release).set(0)
         self.metrics.release.labels(recommender.release).set(1)
         log_line("release_swapped", release=recommender.release, before=old.release)
-        closing = threading.Timer(_LAST_REQUEST_S, old.close)
+        closing = self._retired[old] = threading.Timer(_LAST_REQUEST_S, self._let_go, (old,))
         closing.daemon = True
-        self._retired.append((closing, old))
         closing.start()
+
+    def _let_go(self, old: Recommender) -> None:
+        """Close a release that answered before, and give its memory back."""
+        old.close()
+        self._retired.pop(old, None)
 
     def turn(self, phase: Phase) -> None:
         if phase == self.phase:
@@ -166,10 +170,10 @@ class Service:
         self.turn("draining")
         if self._follower is not None and self._recommender is not None:
             self._follower.stop()
-        for closing, old in self._retired:
+        for old, closing in list(self._retired.items()):
             closing.cancel()
-            old.close()
-        if self._recommender is not None and (self._opened_here or self._retired):
+            self._let_go(old)
+        if self._opened_here and self._recommender is not None:
             self._recommender.close()
 
     def checked(self, k: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +82,17 @@ def test_promotion_and_rollback_reach_a_busy_service_without_a_failed_request(cl
     assert any("ndcg@10" in sentence for sentence in told[1]["gate"])
     assert told[1]["figures"]["ndcg@10"] > 0
     assert told[1]["window"]
+
+
+def test_a_release_that_answered_before_gives_its_memory_back(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.service.app._LAST_REQUEST_S", 0.1)
+    with TestClient(create_app(settings, follow=True), "http://127.0.0.1") as client:
+        service = client.app.state.service  # type: ignore[attr-defined]
+        old = weakref.ref(service.recommender)
+        recipes.release_create(settings, "second")
+        recipes.release_promote(settings, "second", because="newer")
+        assert within(60, lambda: serving(client) == "second")
+        assert within(30, lambda: gc.collect() >= 0 and old() is None)
 
 
 def test_a_damaged_champion_leaves_the_old_release_answering(

@@ -12,6 +12,7 @@ import polars.selectors as cs
 import pytest
 from polars.testing import assert_frame_equal
 
+from feature_repo.erase import erase_user
 from feature_repo.live import EventGate, Pushed
 from feature_repo.live_snapshot import LiveSnapshot
 from feature_repo.materialize import materialize
@@ -208,3 +209,12 @@ def test_an_item_that_was_imported_meanwhile_is_known(settings: Settings, gate: 
     nothing = load_events(settings.data).clear()
     save_raw(Raw(nothing, newcomer, load_users(settings.data), load_source(settings.data), no_rejections()), settings.data, False)
     assert push(gate, draft(settings, event_id="e2", item_id="newcomer", action="click")).appended == 1
+
+
+def test_a_kept_event_of_somebody_erased_meanwhile_holds_nobody_up(settings: Settings, gate: EventGate) -> None:
+    with held(settings.workspace / LOCK, "somebody"):
+        assert push(gate, draft(settings, user_id="leaver", action="click")).pending
+    erase_user(settings.workspace, "leaver")
+    assert gate.apply_pending(datetime.now(UTC)) == (0, 0)
+    assert not pending_parts(settings.data)
+    assert push(gate, draft(settings, event_id="e2", action="click")).users == 1
