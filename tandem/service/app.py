@@ -20,6 +20,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,21 @@ from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS
 from tandem.service.follow import Follower
 from tandem.service.history import changes
-from tandem.service.problems import BAD_HOST, BAD_KEY, INVALID, NO_KEY, STARTING, Guard, Refused, install, log_line, request_id_of
+from tandem.service.limits import Crowd, Rates
+from tandem.service.problems import (
+    BAD_HOST,
+    BAD_KEY,
+    INVALID,
+    NO_KEY,
+    STARTING,
+    TOO_MANY,
+    Guard,
+    Refused,
+    deadline,
+    install,
+    log_line,
+    request_id_of,
+)
 from tandem.service.recommend import Recommender, Slate
 from tandem.service.schemas import (
     ErasedAnswer,
@@ -109,6 +124,7 @@ class Service:
         self._follower = Follower(settings, lambda: self.release, self.swap, settings.service.follow_seconds) if follow else None
         self._retired: dict[Recommender, threading.Timer] = {}
         self.metrics = Metrics()
+        self.rates = Rates(settings.service.rate, settings.service.rate_store)
         self.phase: Phase = "starting"
         self._recommender = recommender
         self._opened_here = recommender is None
@@ -209,25 +225,36 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_
 Header = Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
 
-def key_given(service: Here, bearer: Bearer, header: Header) -> None:
-    """Refuse a request without one of the service's keys, where it has keys. Compared as hashes, in constant time."""
+def key_given(request: Request, service: Here, bearer: Bearer, header: Header) -> str:
+    """Who asks: the hash of their key, or their address where the service has no keys.
+
+    Refuses a request without one of the service's keys, where it has some. Compared as hashes, in constant time.
+    """
     hashes = service.settings.service.keys
     if not hashes:
-        return
+        return request.client.host if request.client else ""
     key = bearer.credentials if bearer else header
     if not key:
         raise Refused(NO_KEY, headers={"www-authenticate": "Bearer"})
     given = hashlib.sha256(key.encode("latin-1")).hexdigest()  # the header's own bytes
     if not sum(hmac.compare_digest(given, each.lower()) for each in hashes):
         raise Refused(BAD_KEY)
+    return given
+
+
+def within_rate(service: Here, caller: Annotated[str, Depends(key_given)]) -> None:
+    """Refuse a caller who asks more often than `service.rate`."""
+    wait = service.rates.wait(caller)
+    if wait is not None:
+        raise Refused(TOO_MANY, headers={"retry-after": str(wait)})
 
 
 _EVENT: Final = {name: EVENTS[name] for name in ("user_id", "item_id", "action", "timestamp", *OPTIONAL) if name != "propensity"}
 _PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": ProblemAnswer} for status in (401, 403, 404, 413, 422, 503)
+    status: {"model": ProblemAnswer} for status in (401, 403, 404, 413, 422, 429, 503)
 }
 open_routes = APIRouter(tags=["health"])
-routes = APIRouter(prefix="/v1", dependencies=[Depends(key_given)], responses=_PROBLEMS)
+routes = APIRouter(prefix="/v1", dependencies=[Depends(within_rate)], responses=_PROBLEMS)
 
 
 @open_routes.get("/", include_in_schema=False)
@@ -261,7 +288,8 @@ async def readyz(service: Here) -> Response:
 def recommend(body: RecommendBody, request: Request, service: Here) -> SlateAnswer:
     """A slate for any mix of user, session and sentence."""
     service.checked(body.k)
-    slate = service.recommender.recommend(body.ask(request_id_of(request.scope)))
+    ask = replace(body.ask(request_id_of(request.scope)), deadline=deadline(request.scope, service.settings.service.budget_ms))
+    slate = service.recommender.recommend(ask)
     service.metrics.slate(slate)
     return SlateAnswer.of(slate)
 
@@ -340,6 +368,7 @@ def create_app(settings: Settings, recommender: Recommender | None = None, *, fo
     app.include_router(routes)
     app.add_api_route("/metrics", metrics, include_in_schema=False, dependencies=[Depends(key_given)], response_class=Response)
     install(app)
+    app.add_middleware(Crowd, most=settings.service.max_in_flight)
     app.add_middleware(Guard, limit=settings.service.max_body_bytes, seen=service.metrics.request)
     return app
 

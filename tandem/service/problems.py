@@ -30,7 +30,7 @@ MEDIA: Final = "application/problem+json"
 _PATIENCE: Final = 16
 """A body is read, and thrown away, up to this many times the limit: a client that is still writing would not see the answer."""
 
-_PROBES: Final = ("/healthz", "/readyz", "/metrics")
+PROBES: Final = ("/healthz", "/readyz", "/metrics")
 """Routes that machines ask all the time: they are counted, and logged only when they fail."""
 
 
@@ -56,6 +56,8 @@ BAD_HOST: Final = Kind(
 )
 CRASHED: Final = Kind(500, "internal_error", "Internal error", "The service failed; the log has the place under this request_id.")
 STARTING: Final = Kind(503, "not_ready", "Not ready", "No release is loaded yet.")
+TOO_MANY: Final = Kind(429, "too_many_requests", "Too many requests", "This caller asks more often than the service allows.")
+OVERLOADED: Final = Kind(503, "overloaded", "Overloaded", "More requests are waiting than the service can answer in time.")
 
 _TREE: Final[tuple[tuple[type[errors.TandemError], Kind], ...]] = (
     (errors.InputError, INVALID),
@@ -139,6 +141,11 @@ def request_id_of(scope: Scope) -> str:
     return str(scope["state"]["request_id"])
 
 
+def deadline(scope: Scope, budget_ms: float) -> float:
+    """When a request's budget is spent, on `time.perf_counter`: waiting for a thread counts, too."""
+    return float(scope["state"]["started"]) + budget_ms / 1000
+
+
 def log_line(event: str, **fields: Any) -> None:
     """One JSON object per line. Never put ids of users, queries or messages of exceptions into it."""
     log.info(json.dumps({"event": event, **fields}))
@@ -169,9 +176,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        watched = _Watched(send, request_id)
         started = time.perf_counter()
+        scope.setdefault("state", {}).update(request_id=request_id, started=started)
+        watched = _Watched(send, request_id)
         try:
             await self._answer(scope, receive, watched)
         except Exception as error:
@@ -181,7 +188,7 @@ class Guard:
         took = time.perf_counter() - started
         route = getattr(scope.get("route"), "path", "unmatched")
         self.seen(route, watched.status, took)
-        if watched.status >= 400 or not route.endswith(_PROBES):
+        if watched.status >= 400 or not route.endswith(PROBES):
             log_line("request", route=route, status=watched.status, ms=round(took * 1000, 1), request_id=request_id)
 
     async def _answer(self, scope: Scope, receive: Receive, send: _Watched) -> None:

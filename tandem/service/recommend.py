@@ -5,6 +5,7 @@ In: an `Ask`. Out: a `Slate`. Each stage is timed under its own name and has a n
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from tandem.service.assemble import Assembler, Users, pairs
 from tandem.service.settings import RerankSettings
 
 _NO_CATEGORY: Final = "category"
+_SPENT: Final = "budget_spent"
 WORDS_WEIGHT: Final = 1.5
 """What closeness to a sentence weighs against the ranker's order, both standardised."""
 
@@ -69,7 +71,10 @@ class SeenItems(Protocol):
 
 @dataclass(frozen=True)
 class Ask:
-    """What is wanted: any mix of a person, a session (item ids, oldest first) and a sentence, with filters."""
+    """What is wanted: any mix of a person, a session (item ids, oldest first) and a sentence, with filters.
+
+    `deadline`, on `time.perf_counter`, is when stages that have a fallback are no longer begun.
+    """
 
     user_id: str | None = None
     session: tuple[str, ...] = ()
@@ -79,6 +84,7 @@ class Ask:
     exclude: tuple[str, ...] = ()
     context: Mapping[str, str] = field(default_factory=dict)
     request_id: str | None = None
+    deadline: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,19 @@ class Parts:
 class _Clock:
     """Times stages by name, and collects what degraded."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float = math.inf) -> None:
         self.took: dict[str, float] = {}
         self.degraded: list[str] = []
         self._start = time.perf_counter()
+        self._deadline = deadline
+
+    def in_time(self) -> None:
+        """Raise TimeoutError, inside a stage with a fallback, when the budget is spent: computing cannot be cancelled later."""
+        if time.perf_counter() < self._deadline:
+            return
+        if _SPENT not in self.degraded:
+            self.degraded.append(_SPENT)
+        raise TimeoutError(_SPENT)
 
     @contextmanager
     def stage(self, name: str, fallback: str | None = None) -> Iterator[None]:
@@ -181,7 +196,7 @@ class Recommender:
     def recommend(self, ask: Ask, now: datetime | None = None) -> Slate:
         """The spine. Unknown users, items and words are answered; raises InputError only for an ask that means nothing."""
         ask, now = _checked(ask), now or self._parts.clock()
-        clock = _Clock()
+        clock = _Clock(ask.deadline)
         users, cold, read = self._user(ask, now, clock)
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
@@ -283,6 +298,7 @@ class Recommender:
         truncated = False
         with clock.stage("query", "text_encoder_unavailable"):
             if ask.query and ask.query.strip():
+                clock.in_time()
                 if self._parts.encode is None:
                     raise RuntimeError("no encoder")
                 vector, truncated = self._parts.encode([ask.query]), self._parts.encode.truncates(ask.query)
@@ -323,6 +339,7 @@ class Recommender:
         features: NDArray[np.float32] = np.empty((0, 0), np.float32)
         names: tuple[str, ...] = ()
         with clock.stage("items", "item_features_unavailable"):
+            clock.in_time()
             features, names = self._parts.assembler.features(users, found, tower, self._item_columns(pairs(found)[1]))
         return features, names
 
@@ -337,6 +354,7 @@ class Recommender:
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         scores, predictions = tower[0], dict[str, NDArray[np.float32]]()
         with clock.stage("predict", "ranker_unavailable"):
+            clock.in_time()
             if names and len(features):
                 logits = self._parts.ranker.logits(features, names)
                 predictions, scores = probabilities(logits), self._parts.ranker.utility.of_logits(logits)
@@ -359,6 +377,7 @@ class Recommender:
         own = self._parts.rerank
         order, propensity = by_score(scores)[:k], np.ones(min(k, len(scores)))
         with clock.stage("rerank", "rerank_skipped"):
+            clock.in_time()
             categories = self._parts.assembler.catalogue.items.categories[found.ids[0]]
             if own.epsilon > 0:
                 explored = explore(mmr(scores, categories, own.diversity, 2 * k), k, own.epsilon, min(own.slot, k - 1), self._rng)

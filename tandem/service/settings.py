@@ -103,12 +103,17 @@ class ServiceSettings:
     """The HTTP service. `keys` are SHA-256 hashes (hex) of API keys; none is allowed on a loopback address only.
 
     `clock`: what time it is for features and requests, see `clock.py`. `follow_seconds`: how often a running service looks for
-    another champion; 0 keeps the release that it started with.
+    another champion; 0 keeps the release that it started with. `budget_ms`: then a slate skips what it can and says so.
+    `rate`: requests per caller, like "100/second", counted per process or in the Redis of `rate_store`. `max_in_flight`: requests
+    at once, 0 takes all.
     """
 
     host: str = "127.0.0.1"
     port: int = 8100
-    budget_ms: int = 250
+    budget_ms: int = 1000
+    rate: str = ""
+    rate_store: str = ""
+    max_in_flight: int = 200
     max_k: int = 1000
     max_body_bytes: int = 65_536
     keys: tuple[str, ...] = ()
