@@ -18,7 +18,7 @@ from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
 from ranking.batches import Examples
-from ranking.train import Calibrator, Ranker
+from ranking.ranker import Calibrator, Ranker
 
 ISOTONIC_FROM: Final = 1_000
 """Positives from which isotonic regression is used: below, its steps are noise (Niculescu-Mizil and Caruana 2005)."""

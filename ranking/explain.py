@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ranking.batches import Floats, Groups, Ints, aligned
-from ranking.train import Ranker
+from ranking.ranker import Ranker
 from tandem.core.errors import InputError
 
 ReasonCode = Literal["similar_to", "matches_query", "popular_now", "new", "category", "for_you"]

@@ -17,8 +17,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from feature_repo.sources.world import Truth as WorldTruth
+from ranking.ranker import Ranker
 from ranking.rerank import mmr
-from ranking.train import Ranker
 from retrieval.baselines import EASE, ItemKNN, Popularity, top_k
 from retrieval.retriever import Queries, Retriever
 from retrieval.warm_start import DENSE_LIMIT

@@ -21,8 +21,9 @@ from feature_repo.store import load_events, load_items, load_source
 from feature_repo.views import read_views
 from ranking.batches import Examples
 from ranking.calibrate import calibrate
+from ranking.ranker import Ranker, RankerConfig
 from ranking.tasks import RankingTask
-from ranking.train import Ranker, RankerConfig, train_ranker
+from ranking.train import train_ranker
 from retrieval.baselines import ItemKNN, interaction_matrix
 from retrieval.batches import cut_places, pad_left
 from retrieval.candidates import Candidates

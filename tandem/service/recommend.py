@@ -22,8 +22,8 @@ from feature_repo.online import UserRow
 from feature_repo.replay import features_read
 from feature_repo.served import ServedLog
 from ranking.explain import Evidence, reason
+from ranking.ranker import Ranker, probabilities
 from ranking.rerank import by_score, explore, mmr
-from ranking.train import Ranker, probabilities
 from retrieval.candidates import Candidates
 from retrieval.retriever import Queries, Retriever
 from tandem.core.errors import InputError, NotFoundError

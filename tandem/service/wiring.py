@@ -17,7 +17,7 @@ from feature_repo.online import UserReader
 from feature_repo.served import ServedLog, view_versions
 from feature_repo.store import load_events, load_source
 from feature_repo.views import read_views
-from ranking.train import Ranker
+from ranking.ranker import Ranker
 from registry.release import release_folder, verify_release
 from registry.store import ReleaseStore
 from retrieval.encoder import TextEncoder

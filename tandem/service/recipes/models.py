@@ -86,7 +86,7 @@ def _popular(retriever: Any, k: int = 200) -> dict[str, list[str]]:
 def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
     """The funnel report, printed, kept in `models/evaluation` and written to MLflow."""
     from feature_repo.offline import open_store
-    from ranking.train import Ranker
+    from ranking.ranker import Ranker
     from retrieval.retriever import Retriever
     from tandem.service.evaluation import evaluate_funnel
     from tandem.service.learn import Dataset, Offline

@@ -9,8 +9,9 @@ import pytest
 from scipy.special import expit
 
 from ranking.batches import Examples
+from ranking.ranker import Ranker, RankerConfig
 from ranking.tasks import RankingTask
-from ranking.train import Ranker, RankerConfig, train_ranker
+from ranking.train import train_ranker
 
 World = Callable[..., Examples]
 NAMES = ("tower_score", "hidden", "noise", "gap")

@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from ranking.batches import Examples
 from ranking.calibrate import calibrate, isotonic, platt
-from ranking.train import Calibrator, Ranker
+from ranking.ranker import Calibrator, Ranker
 from tandem.core.metrics import expected_calibration_error
 
 Fit = Callable[[np.ndarray, np.ndarray], Calibrator]

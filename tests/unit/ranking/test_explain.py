@@ -9,7 +9,7 @@ import pytest
 
 from ranking.batches import Examples
 from ranking.explain import Evidence, ReasonRules, contributions, reason
-from ranking.train import Ranker
+from ranking.ranker import Ranker
 from tandem.core.errors import InputError
 
 

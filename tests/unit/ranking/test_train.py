@@ -14,8 +14,9 @@ import pytest
 from scipy.special import expit
 
 from ranking.batches import Examples
+from ranking.ranker import Calibrator, Ranker, RankerConfig
 from ranking.tasks import RankingTask
-from ranking.train import Calibrator, Ranker, RankerConfig, clearly_better, ndcg_within, train_ranker
+from ranking.train import clearly_better, ndcg_within, train_ranker
 from tandem.core.errors import IncompatibleError, InputError, IntegrityError
 from tandem.core.folders import hash_files
 from tandem.core.metrics import auc
