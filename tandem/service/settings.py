@@ -20,6 +20,7 @@ from feature_repo.online_config import OnlineConfig
 from registry.policy import GateConfig
 from retrieval.candidates import CandidateConfig
 from retrieval.index import IndexConfig
+from retrieval.tuning_config import TuningConfig
 from tandem.core.errors import InputError
 from tandem.core.folders import write_text
 from tandem.core.schema import Split
@@ -142,6 +143,7 @@ class Settings:
     online: OnlineConfig = field(default_factory=OnlineConfig)
     split: SplitSettings = field(default_factory=SplitSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     towers: TowerSettings = field(default_factory=TowerSettings)
     index: IndexConfig = field(default_factory=IndexConfig)
     candidates: CandidateConfig = field(default_factory=CandidateConfig)
@@ -207,8 +209,8 @@ def write_default(workspace: Path) -> Path:
 
 DEFAULT: Final = """\
 # Tandem workspace settings. Every key has a default; unknown keys are refused.
-# `tandem status` prints where everything lies. Sections: features online split encoder towers index candidates ranker
-# evaluation rerank service registry gates table
+# `tandem status` prints where everything lies. Sections: features online split encoder tuning towers index candidates
+# ranker evaluation rerank service registry gates table
 
 [online]
 # url = "redis://localhost:6379/0"   # or postgresql://…; empty: a SQLite file of this workspace

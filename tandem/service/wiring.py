@@ -27,9 +27,10 @@ from tandem.core.folders import read_json
 from tandem.service.assemble import Assembler
 from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
-from tandem.service.learn import open_assembler, text_encoder
+from tandem.service.learn import open_assembler
 from tandem.service.recommend import Parts, Recommender
 from tandem.service.settings import EncoderSettings, Settings
+from tandem.service.texts import ADAPTER, text_encoder
 
 USER_READ_MS = 30
 """How long one read of an online server may take; there are as many as a user has feature views."""
@@ -145,6 +146,7 @@ class LazyEncoder:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self._facts = read_json(folder / "encoder.json")
+        self._adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else None
         self._device = settings.encoder.device
         self._encoder: TextEncoder | None = None
 
@@ -163,7 +165,7 @@ class LazyEncoder:
     def _open(self) -> TextEncoder:
         facts = {name: value for name, value in self._facts.items() if name != "fingerprint"}
         own = EncoderSettings(**facts, device=self._device)
-        encoder = text_encoder(own)
+        encoder = text_encoder(own, adapter=self._adapter)
         if encoder.fingerprint != self._facts["fingerprint"]:
             raise IncompatibleError(
                 f"the encoder {own.model!r} is {encoder.fingerprint[:12]} here, but the towers were trained with "

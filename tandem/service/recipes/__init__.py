@@ -135,5 +135,5 @@ def _release_and_promote(settings: Settings, because: str) -> Outcome:
 
 def _inputs_hash(settings: Settings) -> str:
     files = [settings.data / name for name in ("events.parquet", "items.parquet", "users.parquet", "source.json")]
-    sections = ("features", "split", "encoder", "towers", "index", "candidates", "ranker", "evaluation", "rerank")
+    sections = ("features", "split", "encoder", "tuning", "towers", "index", "candidates", "ranker", "evaluation", "rerank")
     return content_hash([[file_hash(path) for path in files], [repr(getattr(settings, name)) for name in sections]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
 from tandem.core.errors import ConflictError, IncompatibleError, IntegrityError, NotFoundError
@@ -12,6 +13,7 @@ from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
     from registry.store import Release
+    from retrieval.encoder import TextEncoder
     from tandem.service.evaluation import Evaluation, Rival
     from tandem.service.learn import Dataset
 
@@ -32,14 +34,18 @@ def train(settings: Settings, what: Part = "all", progress: Progress = quiet) ->
 
 def _train_towers(settings: Settings, progress: Progress) -> dict[str, Any]:
     from tandem.service.learn import Dataset, train_retriever
+    from tandem.service.texts import ADAPTER
 
     data = Dataset.load(settings)
     with writing(settings, "train"), tracked_run(settings, "towers") as log:
-        retriever = train_retriever(settings, data, log.metrics, progress)
-        log.params({"towers": vars(settings.towers), "encoder": vars(settings.encoder), "items": len(data.items)})
+        retriever, encoder = train_retriever(settings, data, log.metrics, progress)
+        sections = {name: vars(getattr(settings, name)) for name in ("towers", "encoder", "tuning")}
+        log.params({**sections, "items": len(data.items)})
         with whole_folder(settings.models / RETRIEVAL) as folder:
             retriever.save(folder)
-            write_json(folder / "encoder.json", encoder_facts(settings))
+            write_json(folder / "encoder.json", encoder_facts(settings, encoder))
+            if encoder.adapter is not None:
+                shutil.copytree(encoder.adapter, folder / ADAPTER)
             write_json(folder / "popular.json", _popular(retriever))
             write_json(folder / "window.json", {name: moment.isoformat() for name, moment in data.split.cutoffs.items()})
     return {
@@ -68,11 +74,8 @@ def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     return {"ranker_features": len(ranker.names), "ranker_tasks": ", ".join(task.name for task in data.source.tasks)}
 
 
-def encoder_facts(settings: Settings) -> dict[str, Any]:
+def encoder_facts(settings: Settings, encoder: TextEncoder) -> dict[str, Any]:
     """What serving needs to open the same encoder; `dtype` as it was resolved here, since "auto" differs between machines."""
-    from tandem.service.learn import open_encoder
-
-    encoder = open_encoder(settings)
     own = {name: value for name, value in vars(settings.encoder).items() if name != "device"}
     return own | {"dtype": encoder.dtype, "fingerprint": encoder.fingerprint}
 

@@ -62,6 +62,8 @@ def release_create(settings: Settings, name: str | None = None) -> Outcome:
 
 
 def _release_parts(settings: Settings) -> dict[str, Path]:
+    from tandem.service.texts import ADAPTER
+
     retrieval, report = settings.models / RETRIEVAL, settings.models / EVALUATION / "report.json"
     if not report.is_file():
         raise NotFoundError("nothing is evaluated yet; run `tandem train`, then `tandem evaluate`")
@@ -80,6 +82,7 @@ def _release_parts(settings: Settings) -> dict[str, Path]:
             "evaluation": settings.models / EVALUATION,
         }
         | {"features.json": settings.models / "release" / "features.json"}
+        | ({ADAPTER: retrieval / ADAPTER} if (retrieval / ADAPTER).is_dir() else {})
     )
 
 

