@@ -21,22 +21,19 @@ from numpy.typing import NDArray
 
 from retrieval.baselines import ItemKNN
 from retrieval.batches import PAD, pad_left
-from retrieval.candidates import (
-    CandidateConfig,
-    Candidates,
+from retrieval.candidates import CandidateConfig, Candidates, Trace, retrieve, trace
+from retrieval.filters import NOT_INCLUDED, FilterColumns, Filters, Kind, counted
+from retrieval.index import VectorIndex
+from retrieval.query_batch import QueryBatch
+from retrieval.sources import (
     CandidateSource,
     HistorySource,
-    QueryBatch,
     RankedSource,
     TowerSource,
-    Trace,
     covisit_source,
     new_source,
     popular_source,
-    retrieve,
-    trace,
 )
-from retrieval.index import VectorIndex
 from retrieval.towers import Towers
 from tandem.core.errors import IncompatibleError, InputError, NotFoundError
 from tandem.core.folders import content_hash, read_json, write_json
@@ -86,9 +83,13 @@ class Retriever:
         return {item_id: row for row, item_id in enumerate(self.item_ids)}
 
     @cached_property
-    def _available(self) -> NDArray[np.int64]:
-        moments = self.items["available_from"].dt.epoch("us")
-        return moments.fill_null(np.iinfo(np.int64).min // 4).to_numpy()
+    def _columns(self) -> FilterColumns:
+        return FilterColumns.of(self.items)
+
+    @property
+    def attributes(self) -> Mapping[str, Kind]:
+        """What filters may ask of items beside categories, and what kind of values that has."""
+        return self._columns.vocabulary.attributes
 
     @cached_property
     def _popular(self) -> RankedSource:
@@ -100,7 +101,30 @@ class Retriever:
 
     def available(self, now_us: int) -> NDArray[np.bool_]:
         """(N,) bool: items that exist at that moment."""
-        return self._available <= now_us
+        return self._columns.available <= now_us
+
+    def check(self, filters: Filters) -> None:
+        """Raise InputError for an attribute that items do not have, or values of another kind than its own."""
+        self._columns.vocabulary.check(filters)
+
+    def masks(self, filters: Filters, now_us: int) -> dict[str, NDArray[np.bool_]]:
+        """(N,) bool by name for every filter asked for, but `exclude` and `seen`, which are lists per request.
+
+        Raises InputError as `check` does.
+        """
+        self.check(filters)
+        masks = self._columns.masks(filters, now_us)
+        if filters.include is not None:
+            masks[NOT_INCLUDED] = np.zeros(len(self.items), np.bool_)
+            masks[NOT_INCLUDED][self.rows(filters.include)] = True
+        return masks
+
+    def eligible(self, queries: Queries) -> tuple[int, dict[str, int]]:
+        """How many items the first request may get, and how many each filter removed; "excluded" is what its own list did."""
+        left, removed = counted(queries.filters, np.ones(len(self.items), np.bool_))
+        out = np.unique(queries.exclude[0])
+        excluded = int(np.count_nonzero(left[out]))
+        return int(np.count_nonzero(left)) - excluded, {**removed, "excluded": excluded}
 
     def rows(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Dense ids of those outside ids that the catalogue knows; the others are left out."""
@@ -125,29 +149,45 @@ class Retriever:
         return trace(self._batch(queries), 0, item, self._sources(queries.now_us), self._popular, config)
 
     def similar(
-        self, item: int, k: int, allowed: NDArray[np.bool_] | None = None
+        self,
+        item: int,
+        k: int,
+        masks: Mapping[str, NDArray[np.bool_]] | None = None,
+        exclude: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The k items nearest to one, best first: dense ids and cosines of taste, or of text for an item nobody has touched."""
+        """The k items nearest to one, best first: dense ids and cosines of taste, or of text for an item nobody has touched.
+
+        Only what passes all `masks` and is not among `exclude` (dense ids).
+        """
         width = self.towers.shape.dimension
         vectors = self.towers.item_vectors
         block = vectors[:, :width] if self.counts[item] else vectors[:, width + 1 :]
         norms = np.linalg.norm(block, axis=1) + 1e-9
         cosine = (block @ block[item]) / (norms * norms[item])
         cosine[item] = -np.inf
-        if allowed is not None:
-            cosine[~allowed] = -np.inf
+        cosine[np.empty(0, np.int64) if exclude is None else exclude] = -np.inf
+        for mask in (masks or {}).values():
+            cosine[~mask] = -np.inf
         order = np.argsort(-cosine, kind="stable")[:k]
         order = order[np.isfinite(cosine[order])]
         return order, cosine[order].astype(np.float32)
 
     def search(
-        self, history: Sequence[str] = (), sentence: NDArray[np.float32] | None = None, k: int = 10, now_us: int = 2**62
+        self,
+        history: Sequence[str] = (),
+        sentence: NDArray[np.float32] | None = None,
+        k: int = 10,
+        now_us: int = 2**62,
+        filters: Filters | None = None,
     ) -> list[tuple[str, str, float]]:
         """(item_id, title, tower score) of the k best candidates for a history of item ids and/or a text vector (T,)."""
-        seen = self.rows(history)
-        exclude = [seen if self.exclude_seen else np.empty(0, np.int64)]
+        filters = filters or Filters()
+        seen, out = self.rows(history), self.rows(filters.exclude)
+        again = not self.exclude_seen if filters.seen is None else filters.seen
+        exclude = [out if again else np.union1d(seen, out)]
         sentences = None if sentence is None else sentence[None, :]
-        found, scores = self.candidates(Queries(pad_left([seen], 100), exclude, now_us, sentences), CandidateConfig(k=k))
+        queries = Queries(pad_left([seen], 100), exclude, now_us, sentences, self.masks(filters, now_us))
+        found, scores = self.candidates(queries, CandidateConfig(k=k))
         titles = self.items["title"]
         order = np.argsort(-scores[0], kind="stable")
         return [
@@ -164,7 +204,7 @@ class Retriever:
         if not self.exclude_seen:
             sources.append(HistorySource(len(self.item_ids)))
         if self.items["available_from"].null_count() < len(self.items):
-            sources.append(new_source(self._available, now_us, NEW_DAYS))
+            sources.append(new_source(self._columns.available, now_us, NEW_DAYS))
         return sources
 
     def save(self, folder: Path) -> None:

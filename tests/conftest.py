@@ -26,6 +26,7 @@ resamples = 100
 
 [service]
 max_k = 150
+budget_ms = 30_000  # a busy machine must not change answers
 """
 
 

@@ -4,6 +4,7 @@ In: settings and, for tests and embedding, an open recommender. Out: a FastAPI a
 
     GET  /                                     a page to try it
     POST /v1/recommend  /v1/similar            slates
+    POST /v1/retrieve                          candidates before any ranking: `retrieve_routes.py`
     GET  /v1/why  /v1/releases  /v1/metrics    what happened to an item, what is there, Prometheus
     GET  /v1/healthz  /v1/readyz               open to everybody: the process runs; it takes requests
 
@@ -39,6 +40,8 @@ from feature_repo.erase import erase_user
 from feature_repo.live import OPTIONAL, EventGate
 from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS
+from tandem.service.body import Id
+from tandem.service.filter_schemas import FiltersBody
 from tandem.service.follow import Follower
 from tandem.service.history import changes
 from tandem.service.limits import Crowd, Rates
@@ -57,13 +60,13 @@ from tandem.service.problems import (
     request_id_of,
 )
 from tandem.service.recommend import Recommender, Slate
+from tandem.service.retrieve import Retrieved
 from tandem.service.schemas import (
     ErasedAnswer,
     EventsAnswer,
     EventsBody,
     FieldProblem,
     HealthAnswer,
-    Id,
     ProblemAnswer,
     RecommendBody,
     RefusedEvent,
@@ -109,7 +112,7 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 
-    def slate(self, slate: Slate) -> None:
+    def slate(self, slate: Slate | Retrieved) -> None:
         for stage, milliseconds in slate.took_ms.items():
             self.stages.labels(stage).observe(milliseconds / 1000)
         for reason in slate.degraded:
@@ -192,8 +195,10 @@ class Service:
         if self._opened_here and self._recommender is not None:
             self._recommender.close()
 
-    def checked(self, k: int) -> int:
-        """`k`, refused above the service's limit."""
+    def checked(self, k: int, filters: FiltersBody) -> int:
+        """`k`, refused above the service's limit, as are filters by what the release's items do not have."""
+        if filters.attributes or filters.ranges:
+            self._check(filters)
         limit = self.settings.service.max_k
         if k > limit:
             too_many = FieldProblem(
@@ -201,6 +206,14 @@ class Service:
             )
             raise Refused(INVALID, [too_many])
         return k
+
+    def _check(self, filters: FiltersBody) -> None:
+        try:
+            self.recommender.check(filters.filters())
+        except InputError:
+            known = ", ".join(f"{name} ({kind})" for name, kind in self.recommender.attributes.items()) or "none"
+            message = f"Attributes and ranges must fit what items have: {known}"
+            raise Refused(INVALID, [FieldProblem(field="body.filters", reason="attribute", message=message)]) from None
 
 
 def service_of(request: Request) -> Service:
@@ -250,11 +263,11 @@ def within_rate(service: Here, caller: Annotated[str, Depends(key_given)]) -> No
 
 
 _EVENT: Final = {name: EVENTS[name] for name in ("user_id", "item_id", "action", "timestamp", *OPTIONAL) if name != "propensity"}
-_PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
+PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ProblemAnswer} for status in (401, 403, 404, 413, 422, 429, 503)
 }
 open_routes = APIRouter(tags=["health"])
-routes = APIRouter(prefix="/v1", dependencies=[Depends(within_rate)], responses=_PROBLEMS)
+routes = APIRouter(prefix="/v1", dependencies=[Depends(within_rate)], responses=PROBLEMS)
 
 
 @open_routes.get("/", include_in_schema=False)
@@ -287,7 +300,7 @@ async def readyz(service: Here) -> Response:
 @routes.post("/recommend")
 def recommend(body: RecommendBody, request: Request, service: Here) -> SlateAnswer:
     """A slate for any mix of user, session and sentence."""
-    service.checked(body.k)
+    service.checked(body.k, body.filters)
     ask = replace(body.ask(request_id_of(request.scope)), deadline=deadline(request.scope, service.settings.service.budget_ms))
     slate = service.recommender.recommend(ask)
     service.metrics.slate(slate)
@@ -297,7 +310,7 @@ def recommend(body: RecommendBody, request: Request, service: Here) -> SlateAnsw
 @routes.post("/similar")
 def similar(body: SimilarBody, service: Here) -> SlateAnswer:
     """Items like one item."""
-    slate = service.recommender.similar(body.item_id, service.checked(body.k))
+    slate = service.recommender.similar(body.item_id, service.checked(body.k, body.filters), body.filters.filters())
     service.metrics.slate(slate)
     return SlateAnswer.of(slate)
 
@@ -361,11 +374,14 @@ def create_app(settings: Settings, recommender: Recommender | None = None, *, fo
 
     Raises InputError when a key is not a SHA-256 hash, or when there are no keys and `service.host` is not a loopback address.
     """
+    from tandem.service import retrieve_routes  # they share this module's dependencies
+
     check_keys(settings)
     app = FastAPI(title="Tandem", version="1", lifespan=_life, docs_url=None, redoc_url=None, dependencies=[Depends(known_host)])
     app.state.service = service = Service(settings, recommender, follow and settings.service.follow_seconds > 0)
     app.include_router(open_routes)
     app.include_router(routes)
+    app.include_router(retrieve_routes.routes)
     app.add_api_route("/metrics", metrics, include_in_schema=False, dependencies=[Depends(key_given)], response_class=Response)
     install(app)
     app.add_middleware(Crowd, most=settings.service.max_in_flight)

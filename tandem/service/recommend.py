@@ -25,13 +25,14 @@ from ranking.explain import Evidence, reason
 from ranking.ranker import Ranker, probabilities
 from ranking.rerank import by_score, explore, mmr
 from retrieval.candidates import Candidates
+from retrieval.filters import CATEGORY, Filters
 from retrieval.retriever import Queries, Retriever
 from tandem.core.errors import InputError, NotFoundError
 from tandem.core.schema import check_id
 from tandem.service.assemble import Assembler, Users, pairs
+from tandem.service.retrieve import Retrieved, retrieved_items
 from tandem.service.settings import RerankSettings
 
-_NO_CATEGORY: Final = "category"
 _SPENT: Final = "budget_spent"
 WORDS_WEIGHT: Final = 1.5
 """What closeness to a sentence weighs against the ranker's order, both standardised."""
@@ -73,6 +74,7 @@ class SeenItems(Protocol):
 class Ask:
     """What is wanted: any mix of a person, a session (item ids, oldest first) and a sentence, with filters.
 
+    `categories` (any of them) and `exclude` hold beside what `filters` say.
     `deadline`, on `time.perf_counter`, is when stages that have a fallback are no longer begun.
     """
 
@@ -82,6 +84,7 @@ class Ask:
     k: int = 10
     categories: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    filters: Filters = field(default_factory=Filters)
     context: Mapping[str, str] = field(default_factory=dict)
     request_id: str | None = None
     deadline: float = math.inf
@@ -200,7 +203,7 @@ class Recommender:
         users, cold, read = self._user(ask, now, clock)
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
-        found, tower = self._candidates(queries, ask, clock)
+        found, tower = self._candidates(queries, max(self._parts.config.k, ask.k), clock)
         as_of = self.features_as_of
         features, names = self._features(users, found, tower, clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
@@ -211,12 +214,30 @@ class Recommender:
         self._log(ask, slate, read, as_of, self._first_item(features, names, order))
         return slate
 
-    def similar(self, item_id: str, k: int = 10, now: datetime | None = None) -> Slate:
+    def retrieve(self, ask: Ask, now: datetime | None = None) -> Retrieved:
+        """The spine up to its candidates: k of them, with the rank and score of each source that named them."""
+        ask, now = _checked(ask), now or self._parts.clock()
+        clock, retriever = _Clock(ask.deadline), self._parts.retriever
+        users, cold, _ = self._user(ask, now, clock)
+        sentence, truncated = self._sentence(ask, clock)
+        queries = self._queries(ask, users, sentence, now)
+        found, tower = self._candidates(queries, ask.k, clock)
+        rows = found.ids[0].tolist()
+        items = retrieved_items(found, tower[0], [retriever.item_ids[row] for row in rows], [self._titles[row] for row in rows])
+        eligible, removed = retriever.eligible(queries)
+        request_id = ask.request_id or uuid.uuid4().hex
+        return Retrieved(
+            items, self.release, request_id, retriever.index.kind, eligible, removed, tuple(clock.degraded), clock.total(),
+            cold, truncated,
+        )  # fmt: skip
+
+    def similar(self, item_id: str, k: int = 10, filters: Filters | None = None, now: datetime | None = None) -> Slate:
         """The items nearest to one. Raises NotFoundError for an item that the release does not hold."""
-        retriever, clock = self._parts.retriever, _Clock()
+        retriever, clock, filters = self._parts.retriever, _Clock(), filters or Filters()
         item = self._row(item_id)
         with clock.stage("similar"):
-            rows, scores = retriever.similar(item, k, retriever.available(_us(now or self._parts.clock())))
+            masks = retriever.masks(filters, _us(now or self._parts.clock()))
+            rows, scores = retriever.similar(item, k, masks, retriever.rows(filters.exclude))
         title = self._titles[item]
         items = tuple(
             SlateItem(
@@ -240,7 +261,7 @@ class Recommender:
         stages += [(f"candidates: {name}", "found", rank + 1, score) for name, (rank, score) in traced.found.items()]
         if traced.removed is not None:
             return Why(user_id, item_id, self._titles[item], _removed(traced.removed), tuple(stages))
-        found, tower = self._candidates(queries, ask, clock)
+        found, tower = self._candidates(queries, self._parts.config.k, clock)
         features, names = self._features(users, found, tower, clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         place = int(np.flatnonzero(found.ids[0] == item)[0])
@@ -259,6 +280,15 @@ class Recommender:
             else f"ranked {rank} of {len(scores)} candidates: not among the first 10"
         )
         return Why(user_id, item_id, self._titles[item], verdict, tuple(stages))
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """What filters may ask of items beside categories: names, and whether their values are numbers or texts."""
+        return self._parts.retriever.attributes
+
+    def check(self, filters: Filters) -> None:
+        """Raise InputError for filters by what items do not have."""
+        self._parts.retriever.check(filters)
 
     @property
     def features_as_of(self) -> datetime | None:
@@ -306,19 +336,19 @@ class Recommender:
 
     def _queries(self, ask: Ask, users: Users, sentence: NDArray[np.float32] | None, now: datetime) -> Queries:
         retriever = self._parts.retriever
-        out = retriever.rows(ask.exclude)
-        if retriever.exclude_seen:
+        out = retriever.rows((*ask.exclude, *ask.filters.exclude))
+        if retriever.exclude_seen if ask.filters.seen is None else not ask.filters.seen:
             seen = self._parts.seen.of(ask.user_id) if ask.user_id is not None and self._parts.seen is not None else ()
             history = users.histories[0]
             out = np.unique(np.concatenate([out, history[history >= 0], retriever.rows(seen)]))
-        filters = {"not available yet": retriever.available(_us(now))}
+        masks = retriever.masks(ask.filters, _us(now))
         if ask.categories:
-            wanted = set(ask.categories)
-            filters[_NO_CATEGORY] = np.array([not wanted.isdisjoint(own) for own in self._categories])
-        return Queries(users.histories, [out], _us(now), sentence, filters)
+            mask = retriever.masks(Filters(categories_any=ask.categories, available=False), 0)[CATEGORY]
+            masks[CATEGORY] = masks[CATEGORY] & mask if CATEGORY in masks else mask
+        return Queries(users.histories, [out], _us(now), sentence, masks)
 
-    def _candidates(self, queries: Queries, ask: Ask, clock: _Clock) -> tuple[Candidates, NDArray[np.float32]]:
-        config = replace(self._parts.config, k=max(self._parts.config.k, ask.k))
+    def _candidates(self, queries: Queries, k: int, clock: _Clock) -> tuple[Candidates, NDArray[np.float32]]:
+        config = replace(self._parts.config, k=k)
         with clock.stage("candidates"):
             found, tower = self._parts.retriever.candidates(queries, config)
             real = found.ids[0] >= 0

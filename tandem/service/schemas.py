@@ -5,52 +5,17 @@ In: JSON. Out: `recommend.Ask` for the recommender, and answers made from its `S
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, StrictInt
-from pydantic_core import PydanticCustomError
+from pydantic import AwareDatetime, BaseModel, Field, FiniteFloat, StrictInt
 
-from tandem.core.schema import MAX_ID_BYTES, id_problem
+from tandem.service.body import MAX_LIST, Body, Count, Id, Short, Text
+from tandem.service.filter_schemas import FiltersBody
 
 if TYPE_CHECKING:
     from tandem.service.recommend import Ask, Slate, Why
-
-MAX_LIST: Final = 1000
-"""Session items, excluded items or categories in one request."""
-
-_ALLOWED_CONTROLS: Final = frozenset("\t\n\r")
-_NOT_TEXT: Final = frozenset({"Cc", "Cs"})
-
-
-def _id(value: str) -> str:
-    normal = unicodedata.normalize("NFC", value)
-    if id_problem(normal):
-        raise PydanticCustomError("not_an_id", f"An id is 1-{MAX_ID_BYTES} bytes of text without control characters")
-    return normal
-
-
-def _text(value: str) -> str:
-    normal = unicodedata.normalize("NFC", value)
-    if any(unicodedata.category(letter) in _NOT_TEXT and letter not in _ALLOWED_CONTROLS for letter in normal):
-        raise PydanticCustomError("not_text", "Text may hold neither control characters nor lone surrogates")
-    return normal
-
-
-Id = Annotated[
-    str, AfterValidator(_id), Field(description=f"1-{MAX_ID_BYTES} bytes, no control characters; compared in Unicode form NFC")
-]
-Text = Annotated[str, AfterValidator(_text)]
-Short = Annotated[Text, Field(max_length=256)]
-Count = Annotated[StrictInt, Field(ge=1, description="How many items, at most the service's `max_k` (default 1000)")]
-
-
-class Body(BaseModel):
-    """A request body: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RecommendBody(Body):
@@ -62,6 +27,7 @@ class RecommendBody(Body):
     k: Count = 10
     categories: tuple[Short, ...] = Field(default=(), max_length=MAX_LIST, description="only items of one of these categories")
     exclude: tuple[Id, ...] = Field(default=(), max_length=MAX_LIST, description="item ids that must not come")
+    filters: FiltersBody = Field(default_factory=FiltersBody, description="beside `categories` and `exclude`")
     context: dict[Short, Short] = Field(default_factory=dict, max_length=32)
     request_id: Id | None = None
 
@@ -76,6 +42,7 @@ class RecommendBody(Body):
             k=self.k,
             categories=self.categories,
             exclude=self.exclude,
+            filters=self.filters.filters(),
             context=self.context,
             request_id=self.request_id or request_id,
         )
@@ -86,6 +53,7 @@ class SimilarBody(Body):
 
     item_id: Id
     k: Count = 10
+    filters: FiltersBody = Field(default_factory=FiltersBody)
 
 
 class EventBody(Body):
@@ -252,7 +220,14 @@ class ProblemAnswer(BaseModel):
 
 def known_fields() -> frozenset[str]:
     """Names that may appear in a problem's `field`: ours, never the caller's."""
-    return frozenset({"body", "query", "path", *RecommendBody.model_fields, *SimilarBody.model_fields, *WhyAnswer.model_fields})
+    bodies = {name for body in _bodies(Body) for name in body.model_fields}
+    return frozenset({"body", "query", "path", *bodies, *WhyAnswer.model_fields})
+
+
+def _bodies(kind: type[Body]) -> Iterator[type[Body]]:
+    for body in kind.__subclasses__():
+        yield body
+        yield from _bodies(body)
 
 
 def field_problems(errors: Sequence[Any]) -> tuple[FieldProblem, ...]:

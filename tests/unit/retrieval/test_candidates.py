@@ -12,26 +12,23 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from retrieval import candidates as module
+from retrieval import sources as sources_module
 from retrieval.baselines import ItemKNN
-from retrieval.candidates import (
-    Answer,
-    CandidateConfig,
-    Candidates,
+from retrieval.candidates import CandidateConfig, Candidates, Trace, retrieve, trace
+from retrieval.exact import exact_search
+from retrieval.index import IndexConfig, VectorIndex
+from retrieval.merge import merge
+from retrieval.query_batch import Answer, QueryBatch, removed_by
+from retrieval.sources import (
+    CandidateSource,
     HistorySource,
-    QueryBatch,
     RankedSource,
     TowerSource,
     category_source,
     covisit_source,
-    merge,
     new_source,
     popular_source,
-    removed_by,
-    retrieve,
-    trace,
 )
-from retrieval.exact import exact_search
-from retrieval.index import IndexConfig, VectorIndex
 from tandem.core.errors import IncompatibleError, InputError
 
 DAY = 86_400_000_000
@@ -153,7 +150,7 @@ def batch(
     return QueryBatch(given_vectors, padded, excluded, allowed, filters or {})
 
 
-def sources() -> list[module.CandidateSource]:
+def sources() -> list[CandidateSource]:
     categories = (np.arange(N) % 2)[:, None].astype(np.int64)
     fresh = new_source(np.arange(N, dtype=np.int64) * DAY, N * DAY, 10)
     return [TowerSource(INDEX), covisit_source(KNN), category_source(categories, COUNTS, 8), HistorySource(N), fresh]
@@ -197,7 +194,7 @@ def test_blocks_of_requests_equal_one_block(monkeypatch: pytest.MonkeyPatch) -> 
     asked = batch([[item] for item in range(9)], vectors=CIRCLE[:9])
     whole = retrieve(asked, sources(), POPULAR, CandidateConfig(k=20))
     monkeypatch.setattr(module, "_BLOCK_ROWS", 2)
-    monkeypatch.setattr(module, "_SUM_CELLS", 1)
+    monkeypatch.setattr(sources_module, "_SUM_CELLS", 1)
     blocks = retrieve(asked, sources(), POPULAR, CandidateConfig(k=20))
     assert (blocks.ids == whole.ids).all()
     assert (blocks.source == whole.source).all()
@@ -332,7 +329,7 @@ def test_trace_says_what_became_of_an_item() -> None:
     config = CandidateConfig(k=4, shares={"towers": 0.5, "popular": 0.5})
     found = retrieve(asked, [TowerSource(INDEX)], POPULAR, config)
 
-    def ask(item: int, depth: int = 1_000) -> module.Trace:
+    def ask(item: int, depth: int = 1_000) -> Trace:
         return trace(asked, 0, item, [TowerSource(INDEX)], POPULAR, config, depth)
 
     assert ask(999).removed == "unknown"

@@ -35,6 +35,7 @@ def save_retriever(folder: Path) -> None:
         "title": [f"Item {number}" for number in range(ITEMS)],
         "categories": [["c"]] * ITEMS,
         "available_from": [None] * ITEMS,
+        "price": [float(number) for number in range(ITEMS)],
     }
     items = pl.DataFrame(columns, schema_overrides={"available_from": pl.Datetime("us", "UTC")})
     counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
@@ -48,12 +49,17 @@ def test_the_programs_of_the_page_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_retriever(Path("workspace/models/retrieval"))
-    search, change = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    search, filtered, change = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(search, "docs/retrieval.md", "exec"), names)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 5
     assert not {"i00", "i01", "i02"} & {row[1] for row in rows}
+    exec(compile(filtered, "docs/retrieval.md", "exec"), names)
+    kinds, found = capsys.readouterr().out.splitlines()
+    assert kinds == "{'price': 'number'}"
+    assert len(re.findall(r"\('i\d\d'", found)) == 5
+    assert not re.search(r"\('i2[1-9]'", found)
     exec(compile(change, "docs/retrieval.md", "exec"), names)
     listed = capsys.readouterr().out
     assert "a new mug" in listed
@@ -61,7 +67,7 @@ def test_the_programs_of_the_page_run(
 
 
 def test_the_kinds_of_the_page_are_those_that_have_a_name() -> None:
-    named = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
+    named = set(re.findall(r"^\| `(\w+)` \|", PAGE.split("\n## Kinds of index\n")[1], re.MULTILINE))
     assert named == set(NAMES) - {"auto"}
     vectors = np.random.default_rng(0).standard_normal((400, 8)).astype(np.float32)
     for name in named:

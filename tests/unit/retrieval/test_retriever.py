@@ -1,5 +1,6 @@
 """The retriever folder: written, loaded, refused when mixed, and searched as the docs say."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import scipy.sparse as sp
 from retrieval.baselines import ItemKNN
 from retrieval.batches import cut_places, pad_left
 from retrieval.candidates import CandidateConfig
-from retrieval.index import VectorIndex
+from retrieval.filters import Filters, Range
+from retrieval.index import IndexConfig, VectorIndex
 from retrieval.retriever import Queries, Retriever, items_fingerprint, tower_scores
 from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 from tandem.core.errors import IncompatibleError, InputError, NotFoundError
@@ -108,3 +110,34 @@ def test_another_item_order_is_refused(retriever: Retriever, tmp_path: Path) -> 
 def test_an_empty_folder_names_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="tandem train towers"):
         Retriever.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["flat", "int8", "hnsw", "ivf", "ivfpq", "IVF4,SQ8"])
+def test_filters_hold_and_every_eligible_item_can_come_on_every_kind(retriever: Retriever, kind: str) -> None:
+    index = VectorIndex.build(retriever.towers.item_vectors, IndexConfig(kind, k=10))
+    prices = pl.Series("price", [None if row % 10 == 9 else row / 10 for row in range(ITEMS)])
+    priced = replace(retriever, index=index, items=retriever.items.with_columns(prices))
+    asked = Filters(categories_any=("c0", "c1"), ranges={"price": Range(at_most=4.0)}, include=tuple(priced.item_ids[:50]))
+    wanted = {row for row in range(50) if row % 3 != 2 and row % 10 != 9 and row <= 40}
+    for history, out in (((), set()), (("i00", "i04"), {0, 4})):
+        for k in (3, 100):
+            found = [int(item[1:]) for item, *_ in priced.search(history=history, k=k, filters=asked)]
+            assert len(found) == len(set(found)) == min(k, len(wanted - out))
+            assert set(found) <= wanted - out
+    again = priced.search(history=("i00", "i04"), k=100, filters=replace(asked, seen=True, exclude=("i06", "nobody")))
+    assert {int(item[1:]) for item, *_ in again} == wanted - {6}
+
+
+def test_what_may_come_is_counted_filter_by_filter(retriever: Retriever) -> None:
+    now = int(datetime(2025, 5, 1, tzinfo=UTC).timestamp() * 1e6)
+    masks = retriever.masks(Filters(categories_none=("c0",), include=("i01", "i03", "i05", "i59", "nobody")), now)
+    queries = Queries(pad_left([np.array([5])], 20), [np.array([5, 7, 5])], now, filters=masks)
+    assert retriever.eligible(queries) == (1, {"not available yet": 1, "category": 20, "not included": 37, "excluded": 1})
+    found, _ = retriever.candidates(queries, CandidateConfig(k=5))
+    assert found.ids.tolist() == [[1, -1, -1, -1, -1]]
+
+
+def test_similar_items_pass_filters_too(retriever: Retriever) -> None:
+    masks = retriever.masks(Filters(categories_any=("c1",)), 2**62)
+    rows, _ = retriever.similar(4, 50, masks, np.array([1]))
+    assert set(rows.tolist()) == set(range(1, ITEMS, 3)) - {1, 4}
