@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from retrieval import live as live_module
 from retrieval.index import IndexConfig, VectorIndex
-from retrieval.live import LiveIndex, View
+from retrieval.live import LiveIndex
+from retrieval.tier import View
 from tandem.core.errors import IncompatibleError, InputError
 
 WIDTH, MAIN = 8, 400

@@ -1,26 +1,21 @@
-"""What changed since an index was built, on disk: an append-only file that many processes write in turn and all of them read.
+"""What changed, on disk: an append-only file that many processes write in turn and all of them read.
 
-In: `Record`s (vectors put, ids deleted). Out: the same records in the same order in every process, also after a crash. A record
-is framed by its length and a hash; an append returns after fsync. What a killed writer left unfinished is cut off by the next
-writer and never read. `rewrite` replaces the file by a shorter one of the next number; readers then start over.
+In: records (bytes). Out: the same records in the same order in every process, also after a crash. A record is framed by its
+length and a hash; an append returns after fsync. What a killed writer left unfinished is cut off by the next writer and never
+read. `rewrite` replaces the file by a shorter one of the next number; readers then start over.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final
 
 from tandem.core.errors import IncompatibleError, IntegrityError
 from tandem.core.folders import read_json, write_json
@@ -33,32 +28,11 @@ _LOCK_FILE: Final = "journal.lock"
 _FIRST: Final = "journal-00000001.bin"
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
-    """`put`: vectors (n, D) float32 of n ids; `delete`: ids that are gone; `name`: ids that get the next numbers, no more."""
-
-    kind: Literal["put", "delete", "name"]
-    ids: tuple[str, ...]
-    vectors: NDArray[np.float32] | None = None
-
-    def packed(self) -> bytes:
-        head = json.dumps([self.kind, list(self.ids)], ensure_ascii=False).encode()
-        body = b"" if self.vectors is None else np.ascontiguousarray(self.vectors, "<f4").tobytes()
-        return struct.pack("<I", len(head)) + head + body
-
-    @classmethod
-    def unpacked(cls, payload: bytes) -> Self:
-        (size,) = struct.unpack_from("<I", payload)
-        kind, ids = json.loads(payload[4 : 4 + size])
-        body = np.frombuffer(payload, "<f4", offset=4 + size)
-        return cls(kind, tuple(ids), body.reshape(len(ids), -1) if kind == "put" else None)
-
-
 class Journal:
     """One process's view of a journal folder. Not for several threads at once: its owner takes turns."""
 
     def __init__(self, folder: Path, bound_to: str) -> None:
-        """Open or begin the journal of the index and towers that `bound_to` names; IncompatibleError if it is another's."""
+        """Open or begin the journal of what `bound_to` names (an index, say); IncompatibleError if it is another's."""
         self.folder = folder
         self._file = _FIRST
         self._offset = 0
@@ -78,7 +52,7 @@ class Journal:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def append(self, record: Record) -> None:
+    def append(self, record: bytes) -> None:
         """Write and sync one record while holding `writing`. After an error (disk full, say) the file is as it was."""
         path = self.folder / self._newest()
         end = self._end_of_whole(path)
@@ -94,19 +68,19 @@ class Journal:
         if not end:
             _sync(self.folder)
 
-    def read(self) -> tuple[bool, list[Record]]:
+    def read(self) -> tuple[bool, list[bytes]]:
         """(did it start over?, records since the last call). Costs two look-ups in the folder when there are none."""
         newest = self._newest()
         over = newest != self._file
         if over:
             self._file, self._offset = newest, 0
         records = []
-        for payload, end in _whole_frames(self.folder / newest, self._offset):
-            records.append(Record.unpacked(payload))
+        for record, end in _whole_frames(self.folder / newest, self._offset):
+            records.append(record)
             self._offset = end
         return over, records
 
-    def rewrite(self, records: Sequence[Record]) -> None:
+    def rewrite(self, records: Sequence[bytes]) -> None:
         """Say the same in fewer records while holding `writing`: they become the next file, and the present one goes."""
         present = self._newest()
         number = int(present[len("journal-") : -len(".bin")]) + 1
@@ -140,8 +114,7 @@ class Journal:
         return max((end for _, end in _whole_frames(path, known)), default=known)
 
 
-def _framed(record: Record) -> bytes:
-    payload = record.packed()
+def _framed(payload: bytes) -> bytes:
     return _FRAME.pack(_MAGIC, len(payload), _length_check(len(payload)), _digest(payload)) + payload
 
 
