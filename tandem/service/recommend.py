@@ -231,6 +231,27 @@ class Recommender:
             cold, truncated,
         )  # fmt: skip
 
+    def rank(self, ask: Ask, item_ids: Sequence[str], now: datetime | None = None) -> Slate:
+        """The caller's own items, best score first; what the release does not hold is left out. Nothing is reranked or logged.
+
+        Ranks and scores by source, which the ranker reads, are those among these items, as with any other filter.
+        """
+        own = tuple(dict.fromkeys(check_id(each, "item_id") for each in item_ids))
+        filters = replace(ask.filters, include=own, seen=True, available=False)
+        ask, now = _checked(replace(ask, k=max(len(own), 1), filters=filters)), now or self._parts.clock()
+        clock = _Clock(ask.deadline)
+        users, cold, _ = self._user(ask, now, clock)
+        sentence, truncated = self._sentence(ask, clock)
+        queries = self._queries(ask, users, sentence, now)
+        found, tower = self._candidates(queries, ask.k, clock)
+        features, names = self._features(users, found, tower, clock)
+        scores, predictions = self._predict(found, tower, features, names, clock)
+        scores = self._with_words(scores, found, queries)
+        items = self._explained(
+            ask, users, found, by_score(scores), np.ones(len(scores)), scores, predictions, queries, now, clock
+        )
+        return self._slate(ask, items, cold, truncated, clock)
+
     def similar(self, item_id: str, k: int = 10, filters: Filters | None = None, now: datetime | None = None) -> Slate:
         """The items nearest to one. Raises NotFoundError for an item that the release does not hold."""
         retriever, clock, filters = self._parts.retriever, _Clock(), filters or Filters()
