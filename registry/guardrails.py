@@ -21,16 +21,17 @@ class Guardrail:
     """Limits of one figure. `at_least` and `at_most` are in its own unit and hold for every release, the first one too.
 
     `may_fall` and `may_rise` are shares of the champion's figure (0.2: by at most 20%); where the champion lacks the figure they
-    say nothing. A figure exactly at its limit is within it.
+    say nothing. A figure exactly at its limit is within it. A `required` figure that the challenger lacks is a refusal.
     """
 
     at_least: float | None = None
     at_most: float | None = None
     may_fall: float | None = None
     may_rise: float | None = None
+    required: bool = True
 
     def __post_init__(self) -> None:
-        limits = {each.name: getattr(self, each.name) for each in fields(self)}
+        limits = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "required"}
         given = {name: value for name, value in limits.items() if value is not None}
         if not given:
             raise InputError(f"a guardrail needs a limit; give one of {', '.join(limits)}")
@@ -51,7 +52,7 @@ class GuardrailResult:
 
 
 def hold(guardrails: Mapping[str, Guardrail], champion: Figures | None, challenger: Figures) -> tuple[GuardrailResult, ...]:
-    """Every guarded figure of `challenger`, in the order of the guardrails. A figure that it lacks is refused, not waved through.
+    """Every guarded figure of `challenger`, in the order of the guardrails. A required figure that it lacks is refused.
 
     `champion` None: nothing is live yet, so only `at_least` and `at_most` count.
     """
@@ -69,6 +70,8 @@ def _figures(pattern: str, old: Figures, new: Figures) -> list[str]:
 
 
 def _hold_one(figure: str, guardrail: Guardrail, old: float | None, new: float | None) -> GuardrailResult:
+    if new is None and not guardrail.required:
+        return GuardrailResult(figure, old, None, True, f"{figure}: not measured, and not required")
     if new is None:
         reason = "the challenger has no such figure; evaluate and create it again, or take it out of [gates.guardrails]"
         return GuardrailResult(figure, old, None, False, f"{figure}: refused, {reason}")

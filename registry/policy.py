@@ -47,6 +47,10 @@ def _guardrails() -> dict[str, Guardrail]:
         "task/*/ece": Guardrail(at_most=0.2),
         "index/recall": Guardrail(at_least=0.9),
         "bytes": Guardrail(may_rise=4.0),
+        "measured/checks/leakage/wrong": Guardrail(at_most=0, required=False),
+        "measured/checks/tables_in_time/wrong": Guardrail(at_most=0, required=False),
+        "measured/checks/online_parity/wrong": Guardrail(at_most=0, required=False),
+        "measured/latency_ms/total/p95": Guardrail(may_rise=4.0, required=False),
     }
 
 

@@ -23,8 +23,8 @@ from retrieval.baselines import EASE, ItemKNN, Popularity, top_k
 from retrieval.retriever import Queries, Retriever
 from retrieval.warm_start import DENSE_LIMIT
 from tandem.core.metrics import auc, expected_calibration_error
-from tandem.service.assemble import pairs
-from tandem.service.funnel import Report, Truth, compare, measure, summarise
+from tandem.service.assemble import CatalogueColumns, pairs
+from tandem.service.funnel import Report, Truth, compare, main_categories, measure, summarise
 from tandem.service.learn import Answered, Dataset, Offline, Progress, label
 from tandem.service.settings import Settings
 
@@ -76,7 +76,7 @@ def evaluate_funnel(
     requests = data.requests("test", settings.evaluation.requests, settings.evaluation.seed)
     progress("evaluate", 0, 4)
     answered = offline.answer(requests)
-    truth = _truth(data, requests, answered)
+    truth = _truth(data, requests, answered, offline.assembler.catalogue)
     barred = offline.barred(answered.seen, requests["timestamp"].dt.epoch("us").to_numpy())
     progress("evaluate", 1, 4)
     systems = baseline_rankings(data, answered.seen, barred)
@@ -156,15 +156,17 @@ def share_of_best(world: Mapping[str, float], system: str) -> float:
     return (world[system] - world["popularity"]) / (world["best possible"] - world["popularity"])
 
 
-def _truth(data: Dataset, requests: pl.DataFrame, answered: Answered) -> Truth:
+def _truth(data: Dataset, requests: pl.DataFrame, answered: Answered, catalogue: CatalogueColumns) -> Truth:
     trained = np.asarray(data.training_matrix().sum(axis=0)).ravel()
+    categories = catalogue.items.categories
     return Truth(
-        tuple(requests["request_id"].to_list()),
-        tuple(requests["user_id"].to_list()),
-        np.array([len(rows) for rows in answered.seen], np.int64),
-        tuple(data.truth_of(requests, data.source.positive)),
-        trained == 0,
-        len(data.items),
+        request_ids=tuple(requests["request_id"].to_list()),
+        user_ids=tuple(requests["user_id"].to_list()),
+        history_sizes=np.array([len(rows) for rows in answered.seen], np.int64),
+        items=tuple(data.truth_of(requests, data.source.positive)),
+        cold_items=trained == 0,
+        categories=categories,
+        main_categories=main_categories(answered.seen, categories, list(catalogue.category_code)),
     )
 
 

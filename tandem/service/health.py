@@ -67,6 +67,26 @@ def feature_checks(settings: Settings, now: datetime | None = None) -> list[Chec
     ]
 
 
+def release_checks(settings: Settings) -> dict[str, CheckResult]:
+    """What a release keeps of the state of its features, by figure: leakage, and parity online and of what was served."""
+    plane = _Plane.open(settings)
+    served = ServedLog(settings.workspace / "served").read()
+    users = [view for view in plane.views if view.entity == "user"]
+    results = [
+        leakage(training_sample(plane), plane.tables, plane.ttl),
+        _known_in_time(plane, settings),
+        *([_online_parity(plane, users)] if users else []),
+        replay_users(served, plane.views, plane.workspace, plane.as_of),
+        replay_items(served, plane.views, plane.workspace, plane.as_of),
+    ]
+    return {result.name.replace(" ", "_"): result for result in results}
+
+
+def wrong_values(result: CheckResult) -> int:
+    """How many values a check of leakage or parity found wrong; rows that were written too late to judge are none."""
+    return 0 if result.passed else result.table.filter(pl.col("kind") != "later").height
+
+
 @dataclass(frozen=True)
 class _Plane:
     """One workspace's features: what the views are, their offline tables, the open Feast store, and the events."""

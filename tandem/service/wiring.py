@@ -46,10 +46,23 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
     retriever = Retriever.load(folder, sentence_weight=settings.service.sentence_weight)
     ranker = Ranker.load(folder / "ranker")
     check_views(settings, folder)
+    log = ServedLog(settings.workspace / "served", without=ErasedUsers(settings.data).drop_from)
+    return _in_workspace(settings, manifest.name, folder, retriever, ranker, log)
+
+
+def trained_recommender(settings: Settings, retriever: Retriever, ranker: Ranker) -> Recommender:
+    """What was trained, before it is a release: it answers as a service would, and what it answers is not logged."""
+    return _in_workspace(settings, "trained", settings.models / "retrieval", retriever, ranker, None)
+
+
+def _in_workspace(
+    settings: Settings, name: str, folder: Path, retriever: Retriever, ranker: Ranker, log: ServedLog | None
+) -> Recommender:
+    """A recommender over the workspace's features; `folder` has the text encoder's facts."""
     views = read_views(settings.feature_tables)
     return Recommender(
         Parts(
-            release=manifest.name,
+            release=name,
             retriever=retriever,
             ranker=ranker,
             assembler=open_assembler(settings, retriever),
@@ -57,7 +70,7 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
             users=GuardedUsers(UserReader(settings.workspace, read_timeout_ms=USER_READ_MS)),
             seen=SeenInEvents(settings.data),
             encode=LazyEncoder(folder, settings),
-            log=ServedLog(settings.workspace / "served", without=ErasedUsers(settings.data).drop_from),
+            log=log,
             config=replace(settings.candidates, k=settings.ranker.candidates),
             rerank=settings.rerank,
             views=view_versions({view.name: view.version for view in views}),

@@ -93,6 +93,7 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
     from retrieval.retriever import Retriever
     from tandem.service.evaluation import evaluate_funnel
     from tandem.service.learn import Dataset, Offline
+    from tandem.service.measured import MEASURED, measure
 
     data = Dataset.load(settings)
     retriever = Retriever.load(settings.models / RETRIEVAL)
@@ -105,6 +106,9 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
         figures = _figures(found) | {"champion": champion}
         with whole_folder(settings.models / EVALUATION) as folder:
             found.report.users.write_parquet(folder / "users.parquet")
+            write_json(
+                folder / MEASURED, measure(settings, retriever, ranker, found.report.users["user_id"].unique().sort().to_list())
+            )
             write_json(
                 folder / "report.json",
                 figures
@@ -158,7 +162,7 @@ def _clean(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def headline(figures: dict[str, Any]) -> dict[str, float]:
-    keys = ("recall@10", "recall@50", "recall@100", "ndcg@10", "coverage@10")
+    keys = ("recall@10", "recall@50", "recall@100", "ndcg@10", "ild@10", "coverage@10")
     rows = [row for row in figures["funnel"] if row["slice"] == "all users" and row["system"] != "champion"]
     metrics = {f"{_plain(row['system'])}/{key}": row[key] for row in rows for key in keys if row[key] is not None}
     metrics |= {
@@ -186,11 +190,15 @@ def _share(world: dict[str, float], system: str) -> float:
 
 
 def funnel_table(figures: dict[str, Any]) -> Table:
-    """The funnel for people: one row per slice and system; on the world also the share of the best possible."""
+    """The funnel for people: one row per slice and system, categories for the ranked order only; on the world also the share
+    of the best possible.
+    """
     world = figures["world"]
-    columns = ("slice", "system", "users", "recall@10", "recall@50", "recall@100", "ndcg@10", "coverage@10")
+    columns = ("slice", "system", "users", "recall@10", "recall@50", "recall@100", "ndcg@10", "ild@10", "coverage@10")
     rows = []
     for row in figures["funnel"]:
+        if row["slice"].startswith("category=") and row["system"] not in ("towers + ranker", "champion"):
+            continue
         cells = tuple(row[name] for name in columns)
         if world:
             own = row["slice"] == "all users" and row["system"] in world

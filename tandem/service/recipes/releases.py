@@ -79,7 +79,8 @@ def _release_parts(settings: Settings) -> dict[str, Path]:
             "towers": retrieval / "towers",
             "index": retrieval / "index",
             "ranker": ranker,
-            "evaluation": settings.models / EVALUATION,
+            _USERS: settings.models / EVALUATION / "users.parquet",
+            _REPORT: report,
         }
         | {"features.json": settings.models / "release" / "features.json"}
         | ({ADAPTER: retrieval / ADAPTER} if (retrieval / ADAPTER).is_dir() else {})
@@ -123,8 +124,15 @@ def _release_facts(settings: Settings) -> Any:
             "rerank": _jsonable(settings.rerank),
         },
         metrics=headline(read_json(settings.models / EVALUATION / "report.json")),
+        timings=_measured(settings.models / EVALUATION / "measured.json"),
         parent=parent,
     )
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """What `tandem evaluate` measured beside the report, on this machine: it differs from run to run, so no hash covers it."""
+    found: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return found
 
 
 def _jsonable(section: Any) -> Any:
@@ -248,12 +256,22 @@ def _release_figures(release: Release) -> dict[str, float | None]:
     from registry.release import MEASURED
 
     measured = read_json(release.folder / MEASURED) if (release.folder / MEASURED).is_file() else {}
-    numbers = {f"measured/{key}": value for key, value in measured.items() if isinstance(value, int | float)}
-    figures = dict(release.manifest.metrics) | numbers
+    figures = dict(release.manifest.metrics) | _numbers(measured, "measured/")
     figures["bytes"] = float(sum((release.folder / name).stat().st_size for name in release.manifest.files))
     if _INDEX in release.manifest.files:
         figures["index/recall"] = read_json(release.folder / _INDEX)["recall"]
     return figures
+
+
+def _numbers(tree: dict[str, Any], prefix: str) -> dict[str, float | None]:
+    """Every number of a tree, named by its way: "measured/latency_ms/total/p95"."""
+    found: dict[str, float | None] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def release_promote(settings: Settings, name: str, because: str = "", force: bool = False) -> Outcome:

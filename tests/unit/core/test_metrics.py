@@ -20,6 +20,7 @@ from tandem.core.metrics import (
     expected_calibration_error,
     hit_matrix,
     hit_rate_at_k,
+    ild_at_k,
     mrr_at_k,
     ndcg_at_k,
     recall_at_k,
@@ -106,6 +107,29 @@ def test_coverage_counts_distinct_items_in_the_first_k() -> None:
     assert coverage_at_k(ranked, 2, items=8) == 0.25
     assert coverage_at_k(ranked, 3, items=8) == 0.375
     assert math.isnan(coverage_at_k(ranked, 3, items=0))
+
+
+def test_intra_list_diversity_by_hand() -> None:
+    """Items 0 and 1 share one of three categories, 0 and 2 none, 3 and 4 have none at all."""
+    categories = np.array([[0, 1, -1], [1, 2, -1], [3, -1, -1], [-1, -1, -1], [-1, -1, -1]])
+    ranked = np.array([[0, 1, 2, -1], [0, 2, 3, -1], [3, 4, -1, -1], [0, -1, -1, -1], [0, 1, 2, 2]])
+    found = ild_at_k(ranked, categories, 3)
+    assert found[:2] == pytest.approx([(2 / 3 + 1 + 1) / 3, 1.0])
+    assert np.isnan(found[2:4]).all()
+    assert found[4] == found[0], "the fourth place is behind k"
+    assert ild_at_k(ranked, categories, 2)[0] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="k = 0"):
+        ild_at_k(ranked, categories, 0)
+
+
+@given(hnp.arrays(np.int64, (6, 3), elements=st.integers(-1, 4)), st.permutations(range(6)))
+def test_intra_list_diversity_is_a_mean_over_pairs_of_sets(codes: NDArray[np.int64], order: list[int]) -> None:
+    """Against Python sets, pair by pair; the order within the first k changes nothing."""
+    rows = [sorted(set(row) - {-1}) for row in codes.tolist()]
+    categories = np.array([row + [-1] * (3 - len(row)) for row in rows])
+    pairs = [(set(rows[a]), set(rows[b])) for a in range(6) for b in range(a) if rows[a] or rows[b]]
+    expected = np.mean([1 - len(a & b) / len(a | b) for a, b in pairs]) if pairs else np.nan
+    assert ild_at_k(np.array([order]), categories, 6)[0] == pytest.approx(expected, nan_ok=True)
 
 
 @settings(max_examples=60, deadline=None)

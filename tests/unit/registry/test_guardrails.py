@@ -62,6 +62,16 @@ def test_a_figure_that_is_missing_is_refused(figures: dict[str, float | None]) -
     assert "[gates.guardrails]" in result.sentence
 
 
+def test_a_figure_that_is_not_required_may_be_missing_and_counts_where_it_is_there() -> None:
+    loose = {"measured/checks/*/wrong": Guardrail(at_most=0, required=False)}
+    (missing,) = hold(loose, None, {})
+    assert (missing.passed, missing.sentence) == (True, "measured/checks/*/wrong: not measured, and not required")
+    (wrong,) = hold(loose, None, {"measured/checks/leakage/wrong": 3.0})
+    assert not wrong.passed
+    with pytest.raises(InputError, match="needs a limit"):
+        Guardrail(required=False)
+
+
 def test_a_figure_that_is_no_number_is_never_within_a_limit() -> None:
     for guardrail in (Guardrail(at_most=1.0), Guardrail(at_least=0.0), Guardrail(may_fall=0.5), Guardrail(may_rise=0.5)):
         assert not passes(guardrail, 0.5, float("nan"))
