@@ -43,8 +43,8 @@ class Gate:
     """One demand on a metric, on all users or on those of one slice.
 
     non_inferiority: the challenger is worse by less than `margin`; superiority: it is better by more than `margin`, in the
-    metric's own unit. `where` is a boolean column ("cold_user") or "column=value". With fewer than `minimum_users` users the gate
-    refuses instead of guessing.
+    metric's own unit. `where` is a boolean column ("cold_user"), "column=value", or "column=*": a gate for every value that has
+    `minimum_users` users. With fewer than these the gate refuses instead of guessing.
     """
 
     metric: str
@@ -173,16 +173,48 @@ def judge(
 ) -> Verdict:
     """Hold the challenger against the champion, gate by gate. Without a champion (None) there is nothing to lose: it passes.
 
-    Several rows of one user are averaged. Users that only one side has, a metric that only one side could compute for a user, and
-    slices that differ are refusals: a comparison on other users is none. Raises InputError for no gates or no `user_id`.
+    Several rows of one user are averaged. A gate on "column=*" becomes one for each value that enough users of the challenger's
+    rows have; a sentence counts the others, and none at all is a refusal. Users that only one side has, a metric that only one
+    side could compute for a user, and slices that differ are refusals: a comparison on other users is none. Raises InputError
+    for no gates or no `user_id`.
     """
     if not gates:
         raise InputError("no gates to judge by; name at least one in the settings")
     if champion_rows is None:
         results = [GateResult(gate, None, True, f"{gate.title}: no champion to compare with") for gate in gates]
     else:
-        results = [_judge_one(champion_rows, challenger_rows, gate, seed, resamples, level) for gate in gates]
+        every, results = _expanded(gates, challenger_rows)
+        results += [_judge_one(champion_rows, challenger_rows, gate, seed, resamples, level) for gate in every]
+        results.sort(key=lambda result: _place(gates, result.gate))
     return Verdict(all(result.passed for result in results), tuple(results), level, resamples, seed)
+
+
+_EVERY: Final = "=*"
+
+
+def _expanded(gates: Sequence[Gate], rows: pl.DataFrame) -> tuple[list[Gate], list[GateResult]]:
+    """Gates with every "column=*" replaced by one per value of enough users, and what is to be said of the values left out."""
+    found: list[Gate] = []
+    said: list[GateResult] = []
+    for gate in gates:
+        column = (gate.where or "").removesuffix(_EVERY)
+        if not (gate.where or "").endswith(_EVERY) or column not in rows.columns or "user_id" not in rows.columns:
+            found.append(gate)  # a column that is not there is refused by name when the gate is judged
+            continue
+        users = rows.select("user_id", pl.col(column).cast(pl.String)).drop_nulls().unique().group_by(column).len()
+        large = users.filter(pl.col("len") >= gate.minimum_users).sort(["len", column], descending=[True, False])
+        found += [replace(gate, where=f"{column}={value}") for value in large[column]]
+        counted = f"{large.height} of {users.height} values have {gate.minimum_users} users or more"
+        refused = "" if large.height else "refused, "
+        said.append(GateResult(gate, None, bool(large.height), f"{gate.title}: {refused}{counted}"))
+    return found, said
+
+
+def _place(gates: Sequence[Gate], gate: Gate) -> int:
+    """Where a gate was asked for; those made from "column=*" stand with it."""
+    if gate in gates:
+        return gates.index(gate)
+    return gates.index(replace(gate, where=f"{(gate.where or '').partition('=')[0]}{_EVERY}"))
 
 
 def _judge_one(

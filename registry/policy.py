@@ -21,7 +21,8 @@ class MetricGate:
     """The demand on one metric. `margin` is in the metric's own unit; see `registry.gates.Gate` for the kinds.
 
     `slices` are further demands of the same kind, each with its own margin, since fewer users give wider intervals:
-    {"cold_user": 0.05, "country=FR": 0.05}. The name is a boolean column of the per-user rows, or "column=value".
+    {"cold_user": 0.05, "country=FR": 0.05}. The name is a boolean column of the per-user rows, "column=value", or "column=*" for
+    every value with enough users.
     """
 
     margin: float = 0.0

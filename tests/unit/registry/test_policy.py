@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -55,6 +56,40 @@ def test_a_slice_that_no_row_has_a_column_for_is_refused_by_name() -> None:
     config = GateConfig(metrics={"ndcg@10": MetricGate(slices={"heavy_user": 0.1})}, guardrails={})
     verdict = judge_release(config, evidence(), evidence(0.01))
     assert "no column 'heavy_user'" in verdict.refusals[0]
+
+
+def many(values: list[str | None], lift: float = 0.0) -> Evidence:
+    """Two hundred users, the first ones with the main category that `values` says."""
+    rows = evidence().rows.with_columns(pl.col("ndcg@10") + lift, category=pl.Series(values + [None] * (200 - len(values))))
+    return Evidence(rows, FIGURES)
+
+
+def test_a_star_is_a_gate_for_every_value_that_enough_users_have() -> None:
+    config = GateConfig(
+        metrics={"ndcg@10": MetricGate(margin=0.01, slices={"category=*": 0.05, "cold_user": 0.03})}, guardrails={}
+    )
+    groups: list[str | None] = ["Drama"] * 60 + ["War"] * 30 + ["Noir"] * 29
+    verdict = judge_release(config, many(groups), many(groups, 0.001))
+    assert [(result.gate.where, result.gate.margin) for result in verdict.results] == [
+        (None, 0.01), ("category=*", 0.05), ("category=Drama", 0.05), ("category=War", 0.05), ("cold_user", 0.03),
+    ]  # fmt: skip
+    assert verdict.passed
+    assert verdict.sentences[1] == "ndcg@10 on category=*: 2 of 3 values have 30 users or more"
+    worse = many(groups).rows.with_columns(
+        pl.when(pl.col("category") == "War").then(pl.col("ndcg@10") - 0.1).otherwise(pl.col("ndcg@10") + 0.1)
+    )
+    assert [each[:24] for each in judge_release(config, many(groups), Evidence(worse, FIGURES)).refusals] == [
+        "ndcg@10 on category=War:"
+    ]
+
+
+def test_a_star_without_a_value_of_enough_users_is_refused() -> None:
+    config = GateConfig(metrics={"ndcg@10": MetricGate(slices={"category=*": 0.5})}, guardrails={})
+    few: list[str | None] = ["Drama"] * 29
+    (refusal,) = judge_release(replace(config, metrics={"ndcg@10": replace(config.metrics["ndcg@10"], margin=0.5)}),
+                               many(few), many(few)).refusals  # fmt: skip
+    assert refusal == "ndcg@10 on category=*: refused, 0 of 1 values have 30 users or more"
+    assert "no column 'category'" in judge_release(config, evidence(), evidence()).refusals[-1]
 
 
 def test_a_guardrail_refuses_what_the_metrics_would_let_through() -> None:
