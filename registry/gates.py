@@ -67,12 +67,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What one gate found. `interval` is None where nothing could be compared."""
+    """What one gate found. `interval` is None where nothing could be compared, `users` where none could be counted."""
 
     gate: Gate
     interval: Interval | None
     passed: bool
     sentence: str
+    users: int | None = None
 
 
 @dataclass(frozen=True)
@@ -225,12 +226,11 @@ def _judge_one(
     except _RefusalError as refusal:
         return GateResult(gate, None, False, f"{gate.title}: refused, {refusal}")
     if a.size < gate.minimum_users:
-        return GateResult(
-            gate, None, False, f"{gate.title}: refused, {a.size} users are fewer than the {gate.minimum_users} asked for"
-        )
+        few = f"{gate.title}: refused, {a.size} users are fewer than the {gate.minimum_users} asked for"
+        return GateResult(gate, None, False, few, a.size)
     interval = paired_interval(a, b, seed, resamples, level)
     passed = _passes(interval, gate)
-    return GateResult(gate, interval, passed, _sentence(gate, interval, passed, level))
+    return GateResult(gate, interval, passed, _sentence(gate, interval, passed, level), a.size)
 
 
 class _RefusalError(Exception):
@@ -286,7 +286,7 @@ def _table_row(result: GateResult) -> dict[str, Any]:
         "where": gate.where,
         "kind": gate.kind,
         "margin": gate.margin,
-        "users": interval.n if interval else None,
+        "users": result.users,
         "champion": interval.mean_a if interval else None,
         "challenger": interval.mean_b if interval else None,
         "difference": interval.difference if interval else None,

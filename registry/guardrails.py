@@ -39,16 +39,25 @@ class Guardrail:
             if value != value or (name.startswith("may_") and value < 0):
                 raise InputError(f"{name} = {value} of a guardrail is no limit; give a number{', 0 or more' * ('may' in name)}")
 
+    @property
+    def asked(self) -> str:
+        """What is asked, in short: "≥ 0.9, falls ≤ 50%"."""
+        fixed = {"≥": self.at_least, "≤": self.at_most}
+        shares = {"falls ≤": self.may_fall, "rises ≤": self.may_rise}
+        said = [f"{sign} {value:g}" for sign, value in fixed.items() if value is not None]
+        return ", ".join(said + [f"{sign} {value:.0%}" for sign, value in shares.items() if value is not None])
+
 
 @dataclass(frozen=True)
 class GuardrailResult:
-    """What one guardrail found for one figure; None where a release lacks it."""
+    """What one guardrail found for one figure; None where a release lacks it. `asked` says in short what is."""
 
     figure: str
     champion: float | None
     challenger: float | None
     passed: bool
     sentence: str
+    asked: str = ""
 
 
 def hold(guardrails: Mapping[str, Guardrail], champion: Figures | None, challenger: Figures) -> tuple[GuardrailResult, ...]:
@@ -71,14 +80,14 @@ def _figures(pattern: str, old: Figures, new: Figures) -> list[str]:
 
 def _hold_one(figure: str, guardrail: Guardrail, old: float | None, new: float | None) -> GuardrailResult:
     if new is None and not guardrail.required:
-        return GuardrailResult(figure, old, None, True, f"{figure}: not measured, and not required")
+        return GuardrailResult(figure, old, None, True, f"{figure}: not measured, and not required", guardrail.asked)
     if new is None:
         reason = "the challenger has no such figure; evaluate and create it again, or take it out of [gates.guardrails]"
-        return GuardrailResult(figure, old, None, False, f"{figure}: refused, {reason}")
+        return GuardrailResult(figure, old, None, False, f"{figure}: refused, {reason}", guardrail.asked)
     broken = "; ".join(_broken(guardrail, old, new))
     compared = f"challenger {new:.4g}, champion {'none' if old is None else f'{old:.4g}'}"
     sentence = f"{figure}: refused, {compared}; {broken}" if broken else f"{figure}: {compared}; within its limits"
-    return GuardrailResult(figure, old, new, not broken, sentence)
+    return GuardrailResult(figure, old, new, not broken, sentence, guardrail.asked)
 
 
 def _broken(guardrail: Guardrail, old: float | None, new: float) -> Iterator[str]:

@@ -315,6 +315,11 @@ class Work:
             return ConflictError(f"{name!r} was to replace {expected!r}, but nothing is live; expect no champion")
         if live.name == name:
             return ConflictError(f"{name!r} is live already, since {_at(live.since)}{by}")
+        if live.name == expected:
+            return ConflictError(
+                f"{name!r} was judged against {expected!r} before it went and came back at {_at(live.since)}{by} "
+                f"(change {live.version}); judge it again"
+            )
         return ConflictError(
             f"{name!r} was to replace {expected or 'nothing'}, but {live.name!r} is live since {_at(live.since)}{by} "
             f"(change {live.version}); compare with it and try again"

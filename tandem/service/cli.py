@@ -441,10 +441,20 @@ def _run(context: typer.Context, as_json: bool, work: Work) -> None:
 
         settings = _settings(context)
         with watched(sys.stderr) as progress:
-            outcome = work(settings, progress)
+            outcome = _answer(work, settings, progress)
         print_outcome(outcome, time.perf_counter() - started, as_json, out)
         if outcome.refused:
             raise typer.Exit(REFUSED)
+
+
+def _answer(work: Work, settings: Settings, progress: Any) -> Outcome:
+    """What the work made, or what a gate that refused it has to show."""
+    from tandem.service.outcome import RefusedError
+
+    try:
+        return work(settings, progress)
+    except RefusedError as refusal:
+        return refusal.outcome
 
 
 def _moment(text: str) -> datetime:

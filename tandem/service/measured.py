@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ranking.train import Ranker
+from ranking.ranker import Ranker
 from retrieval.retriever import Retriever
 from tandem.core.errors import TandemError
 from tandem.service.health import release_checks, wrong_values

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tandem.core.errors import GateRefusedError
+
 Cell = str | float | int | None
 
 
@@ -21,7 +23,8 @@ class Table:
 class Outcome:
     """`made`: what was made, in a sentence. `data`: the same for programs (JSON-able). `next`: the command that follows.
 
-    `more` tables come after the first one. `refused`: the answer is no, and the command ends with the exit code of a refusal.
+    `more` tables come after the first one, then the sentences of `notes`. `refused`: the answer is no, and the command ends with
+    the exit code of a refusal.
     """
 
     made: str
@@ -30,3 +33,12 @@ class Outcome:
     next: str = ""
     more: tuple[Table, ...] = ()
     refused: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class RefusedError(GateRefusedError):
+    """A gate said no; `outcome` shows to a person or a program what it found."""
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message)
+        self.outcome = outcome

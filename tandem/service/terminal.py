@@ -35,6 +35,8 @@ def print_outcome(outcome: Outcome, seconds: float, as_json: bool, out: TextIO) 
     console = console_on(out)
     for table in ((outcome.table,) if outcome.table else ()) + outcome.more:
         print_table(table, console)
+    for note in outcome.notes:
+        console.print(f"- {note}")
     console.print(f"{outcome.made} ({spoken(seconds)})")
     if outcome.next:
         console.print(f"next: {outcome.next}")

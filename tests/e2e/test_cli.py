@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -213,8 +214,16 @@ def test_a_worse_release_is_refused_with_code_3_and_the_champion_stays(workspace
     users.with_columns(pl.col("ndcg@10", "recall@100") * 0.1).write_parquet(evaluation)
     answer(workspace, "release", "create", "--name", "worse")
     evaluation.write_bytes(good)
-    assert "ndcg@10" in failure(cli.REFUSED, "--workspace", str(workspace), "release", "gate", "worse")
-    failure(cli.REFUSED, "--workspace", str(workspace), "release", "promote", "worse")
+    refused = run("--workspace", str(workspace), "release", "gate", "worse", "--json")
+    verdict = json.loads(refused.stdout)
+    assert (refused.exit_code, verdict["passed"]) == (cli.REFUSED, False)
+    assert [sentence.split(":")[0] for sentence in verdict["refusals"]] == ["ndcg@10", "recall@100"]
+    assert {row["passed"] for row in verdict["table"] if row["metric"] in ("ndcg@10", "recall@100")} == {False}
+    shown = run("--workspace", str(workspace), "release", "promote", "worse")
+    assert shown.exit_code == cli.REFUSED
+    assert all(f"- {sentence[:60]}" in shown.stdout for sentence in verdict["refusals"])
+    assert re.search(r"ndcg@10 .*│ -0\.\d+ to -0\.\d+ │ worse by < 0\.01 +│ \d+ of ≥ 30 │ REFUSED", shown.stdout)
+    assert "--force --because" in shown.stdout
     failure(cli.USAGE, "--workspace", str(workspace), "release", "promote", "worse", "--force")
     assert champion(workspace) == before
 

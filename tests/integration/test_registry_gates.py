@@ -12,10 +12,14 @@ import numpy as np
 import polars as pl
 import pytest
 
+from registry.gates import Verdict
 from registry.release import ReleaseFacts, create_release
-from tandem.core.errors import GateRefusedError, InputError, IntegrityError
+from registry.store import ReleaseStore
+from tandem.core.errors import ConflictError, GateRefusedError, InputError, IntegrityError
 from tandem.core.folders import write_json
 from tandem.service import recipes
+from tandem.service.outcome import RefusedError
+from tandem.service.recipes.gate import judge
 from tandem.service.recipes.workspace import open_releases
 from tandem.service.settings import Settings, load_settings
 
@@ -59,6 +63,51 @@ def test_the_same_gate_twice_gives_the_same_verdict_and_both_are_kept(settings: 
     assert first["passed"] is True
     with open_releases(settings) as store:
         assert [record.verdict["sentences"] for record in store.gates("b")] == [first["sentences"]] * 2
+
+
+def test_the_verdict_is_a_table_with_the_size_of_the_sample(settings: Settings) -> None:
+    release(settings, "b", 0.01)
+    told = recipes.release_gate(settings, "b")
+    assert told.table is not None
+    rows = [dict(zip(told.table.columns, row, strict=True)) for row in told.table.rows]
+    assert [row["metric"] for row in rows[:3]] == ["ndcg@10", "recall@100", "towers_ranker/coverage@10"]
+    assert (rows[0]["users"], rows[0]["asked"], rows[0]["verdict"]) == ("60 of ≥ 30", "worse by < 0.01", "passed")
+    assert rows[0]["difference"] == pytest.approx(0.01)
+    assert rows[2]["asked"] == "falls ≤ 50%"
+    assert (told.notes, told.refused) == ((), False)
+
+
+def test_too_few_users_are_said_with_their_number_and_what_was_asked(settings: Settings) -> None:
+    release(settings, "b", 0.1)
+    strict = declared(settings, '[gates.metrics]\n"ndcg@10" = { minimum_users = 61 }\n')
+    with pytest.raises(RefusedError, match=r"^ndcg@10: refused, 60 users are fewer than the 61 asked for$") as caught:
+        recipes.release_gate(strict, "b")
+    told = caught.value.outcome
+    assert (told.refused, told.notes) == (True, ("ndcg@10: refused, 60 users are fewer than the 61 asked for",))
+    assert told.table is not None
+    assert told.table.rows[0][-2:] == ("60 of ≥ 61", "REFUSED")
+
+
+def test_a_promotion_holds_only_while_the_champion_that_was_judged_stays(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While `b` was judged somebody promoted `c` and rolled back: `a` is live again, but not as it was judged."""
+    release(settings, "b", 0.01)
+    release(settings, "c", 0.02)
+    away = replace(settings, registry=replace(settings.registry, mlflow_uri="http://127.0.0.1:9"))
+
+    def judge_slowly(settings: Settings, store: ReleaseStore, name: str) -> tuple[int, Verdict]:
+        found = judge(settings, store, name)
+        with open_releases(settings) as other:
+            other.promote("c", expected="a", who="ben", why="in between")
+            other.rollback(expected="c", who="ben", why="no good")
+        return found
+
+    monkeypatch.setattr("tandem.service.recipes.releases.judge", judge_slowly)
+    with pytest.raises(ConflictError, match=r"'b' was judged against 'a' before it went and came back"):
+        recipes.release_promote(away, "b")
+    with open_releases(settings) as store:
+        assert store.champion().name == "a"
 
 
 def test_what_is_declared_decides(settings: Settings) -> None:

@@ -25,6 +25,7 @@ from tandem.service.recipes.data import (
     simulate,
     users_erase,
 )
+from tandem.service.recipes.gate import release_gate
 from tandem.service.recipes.models import evaluate, evaluated, funnel_table, train
 from tandem.service.recipes.overview import status
 from tandem.service.recipes.releases import (
@@ -32,7 +33,6 @@ from tandem.service.recipes.releases import (
     release_create,
     release_delete,
     release_diff,
-    release_gate,
     release_history,
     release_list,
     release_promote,

@@ -1,33 +1,26 @@
-"""Recipes for what is live: create, gate, promote, roll back, and the answers to who, when and why."""
+"""Recipes for what is live: create, promote, roll back, and the answers to who, when and why."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tandem.core.errors import ConflictError, GateRefusedError, InputError, NotFoundError, UnavailableError
-from tandem.core.folders import file_hash, read_json, verify_files, whole_folder, write_json
-from tandem.service.outcome import Cell, Outcome, Table
+from tandem.core.errors import ConflictError, InputError, NotFoundError, UnavailableError
+from tandem.core.folders import file_hash, read_json, whole_folder, write_json
+from tandem.service.outcome import Cell, Outcome, RefusedError, Table
+from tandem.service.recipes.gate import REPORT, USERS, judge, told
 from tandem.service.recipes.models import check_ranker_link, headline
 from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, open_releases, open_tracker, who_am_i, writing
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from registry.gates import Verdict
-    from registry.policy import Evidence
     from registry.retention import Pruned
-    from registry.store import Release, ReleaseStore
+    from registry.store import ReleaseStore
 
 _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
-_USERS: Final = "evaluation/users.parquet"
-_REPORT: Final = "evaluation/report.json"
-_INDEX: Final = "index/index.json"
 
 
 def release_create(settings: Settings, name: str | None = None) -> Outcome:
@@ -79,8 +72,8 @@ def _release_parts(settings: Settings) -> dict[str, Path]:
             "towers": retrieval / "towers",
             "index": retrieval / "index",
             "ranker": ranker,
-            _USERS: settings.models / EVALUATION / "users.parquet",
-            _REPORT: report,
+            USERS: settings.models / EVALUATION / "users.parquet",
+            REPORT: report,
         }
         | {"features.json": settings.models / "release" / "features.json"}
         | ({ADAPTER: retrieval / ADAPTER} if (retrieval / ADAPTER).is_dir() else {})
@@ -200,80 +193,6 @@ def release_show(settings: Settings, name: str) -> Outcome:
     )
 
 
-def release_gate(settings: Settings, name: str) -> Outcome:
-    """Hold a release against the champion, paired on the same test users. Raises GateRefusedError with the sentences."""
-    with open_releases(settings) as store:
-        _, verdict = _judge(settings, store, name)
-    rows = tuple(tuple(row.values()) for row in verdict.table().to_dicts())
-    table = Table("Gate", tuple(verdict.table().columns), rows)
-    if not verdict.passed:
-        raise GateRefusedError("; ".join(verdict.refusals))
-    return Outcome(
-        f"{name} may be promoted: " + "; ".join(verdict.sentences), verdict.to_dict(), table, f"tandem release promote {name}"
-    )
-
-
-def _judge(settings: Settings, store: ReleaseStore, name: str) -> tuple[int, Verdict]:
-    """The stored number of a verdict on `name` against the champion, by `[gates]` of the settings, and the verdict."""
-    from registry.policy import judge_release
-
-    challenger, champion = store.get(name), store.champion().name
-    old = _evidence(store.get(champion)) if champion and champion != name else None
-    if old is not None and (rows := _champion_rows(challenger, str(champion))) is not None:
-        old = replace(old, rows=rows)
-    verdict = judge_release(settings.gates, old, _evidence(challenger))
-    record = store.judged(name, champion, verdict.passed, verdict.to_dict())
-    return record.number, verdict
-
-
-def _champion_rows(challenger: Release, champion: str) -> pl.DataFrame | None:
-    """The champion's rows on the challenger's own test requests; None where it was evaluated beside another champion, or none."""
-    import polars as pl
-
-    files = challenger.manifest.files
-    if _REPORT not in files:
-        return None
-    verify_files(challenger.folder, {_REPORT: files[_REPORT]})
-    if read_json(challenger.folder / _REPORT).get("champion") != champion:
-        return None
-    return pl.read_parquet(challenger.folder / _USERS).filter(pl.col("system") == "champion")
-
-
-def _evidence(release: Release) -> Evidence:
-    """What a release is judged on, read from its folder once the bytes are what its manifest says."""
-    import polars as pl
-
-    from registry.policy import Evidence
-
-    files = release.manifest.files
-    verify_files(release.folder, {name: files[name] for name in (_USERS, _INDEX) if name in files})
-    rows = pl.read_parquet(release.folder / _USERS).filter(pl.col("system") == "towers + ranker")
-    return Evidence(rows, _release_figures(release))
-
-
-def _release_figures(release: Release) -> dict[str, float | None]:
-    """A release's figures by name: its metrics, the index's recall, its size, and what `measured.json` has in numbers."""
-    from registry.release import MEASURED
-
-    measured = read_json(release.folder / MEASURED) if (release.folder / MEASURED).is_file() else {}
-    figures = dict(release.manifest.metrics) | _numbers(measured, "measured/")
-    figures["bytes"] = float(sum((release.folder / name).stat().st_size for name in release.manifest.files))
-    if _INDEX in release.manifest.files:
-        figures["index/recall"] = read_json(release.folder / _INDEX)["recall"]
-    return figures
-
-
-def _numbers(tree: dict[str, Any], prefix: str) -> dict[str, float | None]:
-    """Every number of a tree, named by its way: "measured/latency_ms/total/p95"."""
-    found: dict[str, float | None] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            found[f"{prefix}{key}"] = value
-    return found
-
-
 def release_promote(settings: Settings, name: str, because: str = "", force: bool = False) -> Outcome:
     """Make a release the champion, if it is whole and the gate lets it; `force` needs a reason and is recorded."""
     from registry.release import verify_release
@@ -285,14 +204,15 @@ def release_promote(settings: Settings, name: str, because: str = "", force: boo
         verify_release(release.folder, release.content_hash)
         if champion.name == name:
             return Outcome(f"{name} is already the champion", {"champion": name}, None, "tandem serve")
-        number, verdict = _judge(settings, store, name)
+        number, verdict = judge(settings, store, name)
         if not verdict.passed and not force:
-            raise GateRefusedError(
-                "; ".join(verdict.refusals) + f'; to promote all the same: tandem release promote {name} --force --because "…"'
-            )
+            outcome = told(name, champion.name, verdict)
+            raise RefusedError("; ".join(verdict.refusals) + f"; to promote all the same: {outcome.next}", outcome)
         why = because or ("first release" if champion.name is None else "passed the gate")
         against = not verdict.passed
-        promotion = store.promote(name, expected=champion.name, who=who_am_i(), why=why, gate=number, forced=against)
+        promotion = store.promote(
+            name, expected=champion.name, version=champion.version, who=who_am_i(), why=why, gate=number, forced=against
+        )
         note = _mirror(settings, store)
     data = {"champion": name, "before": champion.name, "why": why, "at": promotion.at.isoformat(), "forced": against}
     return Outcome(f"{name} is live (before: {champion.name or 'nothing'}){note}", data, None, "tandem serve")

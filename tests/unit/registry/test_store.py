@@ -151,7 +151,7 @@ def test_a_champion_that_went_and_came_back_is_noticed_by_its_version(store: Rel
     seen = store.champion()
     promote(store, "b")
     store.rollback(expected="b", who="ada", why="errors")
-    with pytest.raises(ConflictError):
+    with pytest.raises(ConflictError, match=r"'c' was judged against 'a' before it went and came back at .* by ada \(change 3\)"):
         store.promote("c", expected="a", version=seen.version, who="cy", why="judged before")
     store.promote("c", expected="a", version=seen.version + 2, who="cy", why="judged after")
 
