@@ -27,6 +27,30 @@ CLOCK_SKEW: Final = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
+class FreshnessLimits:
+    """How old features may be, in hours: above `fresh_hours` the checks fail and `tandem_features_old` is 1; above `stale_hours`
+    serving takes item features for missing (0: never), since by then the windows of days and weeks say nothing.
+
+    For views with a ttl, that is both limits.
+    """
+
+    fresh_hours: float = 48.0
+    stale_hours: float = 168.0
+
+    def __post_init__(self) -> None:
+        if self.fresh_hours <= 0 or self.stale_hours < 0:
+            raise InputError(f"{self} has a limit that cannot be kept; fresh_hours is above 0, stale_hours is 0 (never) or above")
+
+    @property
+    def fresh(self) -> timedelta:
+        return timedelta(hours=self.fresh_hours)
+
+    @property
+    def stale(self) -> timedelta | None:
+        return timedelta(hours=self.stale_hours) if self.stale_hours else None
+
+
+@dataclass(frozen=True)
 class CheckResult:
     """One check's verdict: `rows` were looked at, `detail` says what was found, `table` shows it row by row.
 

@@ -19,7 +19,7 @@ import polars as pl
 from feature_repo.erased import ERASED_FILE, ErasedUsers, user_hash
 from feature_repo.materialize import QUARANTINE
 from feature_repo.offline import LOCK, open_store
-from feature_repo.store import LOCK_FILE, write_parquet
+from feature_repo.store import LOCK_FILE, NEW_FOLDER, UNREADABLE, write_parquet
 from tandem.core.errors import IntegrityError
 from tandem.core.folders import held, read_json, write_json
 from tandem.core.schema import check_id
@@ -57,6 +57,7 @@ def erase_user(workspace: Path, user_id: str) -> Erased:
     with held(workspace / LOCK, "erase", _WAIT_S), held(data / LOCK_FILE, "erase", _WAIT_S):
         _remember(data, user_id)
         rows = {str(path.relative_to(workspace)): gone for path in _tables(workspace) if (gone := _strike(path, user_id))}
+        rows |= {str(path.relative_to(workspace)): 1 for path in _unreadable(data)}
         (workspace / "state" / "demo.json").unlink(missing_ok=True)  # the demo's people
         online = _strike_online(workspace, user_id)
         _prove(workspace, user_id)
@@ -72,6 +73,13 @@ def _remember(data: Path, user_id: str) -> None:
 
 def _tables(workspace: Path) -> Iterator[Path]:
     return (path for pattern in _TABLES for path in sorted(workspace.glob(pattern)))
+
+
+def _unreadable(data: Path) -> Iterator[Path]:
+    """Delete parts of events that nobody can read: nobody can say that they do not name the user."""
+    for path in sorted((data / NEW_FOLDER).glob(f"*{UNREADABLE}")):
+        path.unlink()
+        yield path
 
 
 def _names(user_id: str, schema: pl.Schema) -> pl.Expr | None:

@@ -2,11 +2,14 @@
 
 In: a draft of events (columns `NEEDED` and `OPTIONAL`, any may be text). Out: a part of new events in the data folder; the rows
 that they change in the offline tables and the online store; the items' rows over the snapshot. Each `event_id` counts once.
-An event is on disk before its features are updated: when those are busy or fail, the next call updates them.
+An event is on disk before its features are updated: when those are busy or fail, the next call updates them. Events from which no
+features can be made are set aside after a few tries, so that they hold nobody up.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,10 +22,19 @@ from feature_repo.live_snapshot import write_fresh
 from feature_repo.materialize import push_rows
 from feature_repo.offline import LOCK, open_store
 from feature_repo.sources.clean import clean_events, with_event_ids
-from feature_repo.store import append_events, load_items, load_source, mark_applied, pending_parts, scan_events
+from feature_repo.store import (
+    append_events,
+    load_items,
+    load_source,
+    mark_applied,
+    pending_parts,
+    scan_events,
+    set_aside_part,
+)
 from feature_repo.views import ENTITIES, TIMESTAMP, read_views
 from tandem.core.errors import BusyError, InputError, NotFoundError
 from tandem.core.folders import held
+from tandem.core.schema import EVENTS
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -30,6 +42,22 @@ if TYPE_CHECKING:
 NEEDED: Final = ("user_id", "item_id", "action", "timestamp")
 OPTIONAL: Final = ("event_id", "value", "request_id", "position", "propensity")
 _WAIT_S: Final = 0.5
+_TRIES: Final = 3
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EventLimits:
+    """How many events of one user and UTC day are taken one by one (0: all): a script that clicks must not make things popular.
+
+    The limit lies far above what people do, impressions included. An import brings in what it brings in.
+    """
+
+    per_user_per_day: int = 5_000
+
+    def __post_init__(self) -> None:
+        if self.per_user_per_day < 0:
+            raise InputError(f"events.per_user_per_day = {self.per_user_per_day}; write 0 for no limit, or a number above it")
 
 
 @dataclass(frozen=True)
@@ -54,8 +82,9 @@ class EventGate:
     Items are read at every call, since an import may have brought new ones meanwhile.
     """
 
-    def __init__(self, workspace: Path, config: AggregateConfig) -> None:
+    def __init__(self, workspace: Path, config: AggregateConfig, limits: EventLimits | None = None) -> None:
         self._workspace, self._data, self._config = workspace, workspace / "data", config
+        self._limits = limits or EventLimits()
         self._store: FeatureStore | None = None
 
     def push(self, draft: pl.DataFrame, now: datetime) -> Pushed:
@@ -64,44 +93,85 @@ class EventGate:
         if missing:
             raise InputError(f"events lack the columns {missing}; they need {list(NEEDED)} and may have {list(OPTIONAL)}")
         events, refused = self._cleaned(draft, now)
-        fresh = append_events(self._data, events, refused)
+        fresh, refused = self._kept(events, refused, now)
         users, items, pending = self._try_apply(now)
-        return Pushed(
-            draft.height, fresh.height, events.height - fresh.height, refused.select("row", "reason"), users, items, pending
-        )
+        duplicates = draft.height - fresh.height - refused.height
+        return Pushed(draft.height, fresh.height, duplicates, refused.select("row", "reason"), users, items, pending)
+
+    def _kept(self, events: pl.DataFrame, refused: pl.DataFrame, now: datetime) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """`append_events`; a part of earlier events that cannot be read is first set aside, for it would stop every call."""
+        try:
+            return append_events(self._data, events, refused, self._limits.per_user_per_day)
+        except pl.exceptions.PolarsError:
+            self.apply_pending(now)
+            return append_events(self._data, events, refused, self._limits.per_user_per_day)
 
     def apply_pending(self, now: datetime, wait_s: float = _WAIT_S) -> tuple[int, int]:
         """Bring events that are kept into the features; returns how many users and items changed. Raises BusyError."""
         with held(self._workspace / LOCK, "features push", wait_s):
-            parts = pending_parts(self._data)
-            if not parts:
+            if not pending_parts(self._data):
                 return 0, 0
-            touched = pl.concat([pl.read_parquet(part, columns=["user_id", "item_id", "timestamp"]) for part in parts])
+            parts, touched, rows = self._changed_rows(now)
             if touched.height:  # an erasure may have emptied them
-                self._update(touched, now)
+                self._update(rows, now)
             for part in parts:
                 mark_applied(part)
             return touched["user_id"].n_unique(), touched["item_id"].n_unique()
 
     def _try_apply(self, now: datetime) -> tuple[int, int, bool]:
+        """Events are kept by now: whatever keeps their features from being updated is for the next call, and the log."""
         try:
             return *self.apply_pending(now), False
         except (BusyError, NotFoundError):  # a build or materialisation is under way, or was never run: it will see the events
             return 0, 0, True
+        except Exception as error:  # a store, a disk or the registry: its message may name values
+            _log.warning("events are kept, their features wait for the next call: %s", type(error).__name__)
+            return 0, 0, True
+
+    def _changed_rows(self, now: datetime) -> tuple[list[Path], pl.DataFrame, dict[str, pl.DataFrame]]:
+        """Pending parts, their events, and the rows that they change. Parts of which nothing can be made are set aside first."""
+        try:
+            return self._rows_of(pending_parts(self._data), scan_events(self._data), now)
+        except Exception:
+            poisoned = [(part, why) for part in pending_parts(self._data) if (why := self._poison(part, now))]
+            if not poisoned:
+                raise
+            for part, why in poisoned:
+                set_aside_part(self._data, part, f"no features can be made: {why}")
+            return self._rows_of(pending_parts(self._data), scan_events(self._data), now)
+
+    def _poison(self, part: Path, now: datetime) -> str | None:
+        """The error that this part alone makes every time; None when a try succeeds."""
+        for _ in range(_TRIES):
+            try:
+                self._rows_of([part], pl.scan_parquet(part), now)
+            except Exception as error:
+                why = type(error).__name__
+            else:
+                return None
+        return why
+
+    def _rows_of(
+        self, parts: Sequence[Path], events: pl.LazyFrame, now: datetime
+    ) -> tuple[list[Path], pl.DataFrame, dict[str, pl.DataFrame]]:
+        columns = ["user_id", "item_id", "timestamp"]
+        none = pl.DataFrame(schema={name: EVENTS[name] for name in columns})
+        touched = pl.concat([none, *(pl.read_parquet(part, columns=columns) for part in parts)])
+        config, source = replace(self._config, until=now), load_source(self._data)
+        rows = rows_since(events, load_items(self._data), source, config, touched) if touched.height else {}
+        return list(parts), touched, rows
 
     def _cleaned(self, draft: pl.DataFrame, now: datetime) -> tuple[pl.DataFrame, pl.DataFrame]:
         rows = draft.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row"))
         good, refused = clean_events(rows, known_items=load_items(self._data)["item_id"], now=now)
-        events = with_event_ids(good)
+        events = with_event_ids(good).with_columns(good["row"].sort())
         if "event_id" in draft.columns:
             given = rows.select("row", pl.col("event_id").cast(pl.String).alias("given"))
-            own = good.sort("row").select("row").join(given, on="row", how="left", maintain_order="left")["given"]
+            own = events.select("row").join(given, on="row", how="left", maintain_order="left")["given"]
             events = events.with_columns(pl.coalesce(own, pl.col("event_id")).alias("event_id"))
         return events, refused
 
-    def _update(self, touched: pl.DataFrame, now: datetime) -> None:
-        config, source = replace(self._config, until=now), load_source(self._data)
-        rows = rows_since(scan_events(self._data), load_items(self._data), source, config, touched)
+    def _update(self, rows: dict[str, pl.DataFrame], now: datetime) -> None:
         self._store = store = self._store or open_store(self._workspace)
         for view in read_views(self._workspace / "features"):
             if view.name in rows:

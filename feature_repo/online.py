@@ -29,12 +29,13 @@ _USERS_PER_READ: Final = 500
 class UserRow:
     """One user's features by name (None = missing) and, by view, when they became known (None = unknown user).
 
-    `views` names the features of each view.
+    `views` names the features of each view; `expired` the views whose row was older than their ttl, and so counts as missing.
     """
 
     features: dict[str, Any]
     times: dict[str, datetime | None]
     views: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    expired: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class UserReader:
             answers = self._read(self._config, view.feature_view, keys, list(view.names))
             for row, (when, values) in zip(rows, answers, strict=True):
                 row.times[view.feature_view.name] = when
-                if when is not None and not (view.ttl and now - when > view.ttl):
+                if when is not None and view.ttl and now - when > view.ttl:
+                    row.expired.append(view.feature_view.name)
+                elif when is not None:
                     row.features.update({name: self._plain(value) for name, value in values.items()})
         return rows
 

@@ -7,24 +7,30 @@ temporary table, one row per entity; what is late leaves it; the rest is upserte
 
 from __future__ import annotations
 
+import math
+import selectors
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import polars as pl
 from feast.feature_view import FeatureView
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.helpers import compute_table_id
 from feast.infra.online_stores.postgres_online_store.postgres import PostgreSQLOnlineStore, PostgreSQLOnlineStoreConfig
-from feast.infra.utils.postgres.connection_utils import _get_conn
+from feast.infra.utils.postgres.connection_utils import _get_conn, _get_conn_kwargs, _get_conninfo
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.repo_config import RepoConfig
-from psycopg import Connection, Cursor
+from psycopg import Connection, Cursor, OperationalError
+from psycopg.abc import PQGen
 from psycopg.sql import SQL, Composed, Identifier
 from psycopg.sql import Literal as Text
+from psycopg.waiting import Ready
 
 from feature_repo.newest import (
     CONNECT_TIMEOUT_S,
@@ -37,7 +43,9 @@ from feature_repo.newest import (
     keys_of,
     microseconds,
 )
-from tandem.core.errors import IntegrityError
+from tandem.core.errors import IntegrityError, UnavailableError
+
+_Result = TypeVar("_Result")
 
 
 class NewestPostgresOnlineStoreConfig(PostgreSQLOnlineStoreConfig):  # type: ignore[misc]
@@ -47,7 +55,7 @@ class NewestPostgresOnlineStoreConfig(PostgreSQLOnlineStoreConfig):  # type: ign
         "feature_repo.postgres_store.NewestPostgresOnlineStore"
     )
     read_timeout_ms: int | None = None
-    """For serving: how long one statement may take."""
+    """For serving: how long one statement may take, and the wait for its answer."""
 
 
 class NewestPostgresOnlineStore(NewestOnlineStore, PostgreSQLOnlineStore):  # type: ignore[misc]
@@ -114,9 +122,20 @@ class NewestPostgresOnlineStore(NewestOnlineStore, PostgreSQLOnlineStore):  # ty
     _conn: Connection[Any] | None
 
     @contextmanager
+    def _alone(self, config: RepoConfig) -> Iterator[None]:
+        """The connection for one thread; whoever serves does not wait longer for it than for an answer."""
+        limit = config.online_store.read_timeout_ms
+        if not self._using.acquire(timeout=-1 if limit is None else limit / 1000):
+            raise UnavailableError(f"PostgreSQL at {_where(config)} is still busy with another read after {limit} ms")
+        try:
+            yield
+        finally:
+            self._using.release()
+
+    @contextmanager
     def _get_conn(self, config: RepoConfig, autocommit: bool = False) -> Iterator[Connection[Any]]:
         """One connection, used by one thread at a time, and opened anew where the server has closed it."""
-        with self._using:
+        with self._alone(config):
             if self._conn is None or self._conn.closed:
                 self._conn = _connected(config.online_store)
             if self._conn.autocommit != autocommit:
@@ -129,15 +148,56 @@ class NewestPostgresOnlineStore(NewestOnlineStore, PostgreSQLOnlineStore):  # ty
                 raise
 
 
+class _TimedConnection(Connection[Any]):
+    """A connection that does not wait longer than `limit_s` for the server to say something, and is closed if it does.
+
+    A server's own `statement_timeout` helps nobody when its answers no longer arrive.
+    """
+
+    limit_s = math.inf
+
+    def wait(self, gen: PQGen[_Result], interval: float = 0.0, timeout: float | None = None) -> _Result:
+        until = time.monotonic() + min(self.limit_s, timeout or math.inf)
+        with selectors.DefaultSelector() as selector:
+            try:
+                wanted = next(gen)
+                while True:
+                    selector.register(self.pgconn.socket, wanted)
+                    ready = selector.select(None if until == math.inf else max(0.0, until - time.monotonic()))
+                    selector.unregister(self.pgconn.socket)
+                    if not ready:
+                        self.pgconn.finish()
+                        raise OperationalError(f"PostgreSQL did not answer within {self.limit_s * 1000:.0f} ms")
+                    wanted = gen.send(Ready(ready[0][1]))
+            except StopIteration as done:
+                return cast(_Result, done.value)
+
+
 def _connected(settings: NewestPostgresOnlineStoreConfig) -> Connection[Any]:
-    """A connection; for serving, one that is refused at once where nobody listens, and whose statements have a time limit."""
-    if settings.read_timeout_ms is not None:
-        socket.create_connection((settings.host, settings.port), CONNECT_TIMEOUT_S).close()  # libpq waits 2 s at least
-    conn: Connection[Any] = _get_conn(settings)
-    if settings.read_timeout_ms is not None:
-        conn.execute(SQL("SET statement_timeout = {}").format(Text(settings.read_timeout_ms)))
-        conn.commit()
+    """A connection; for serving, one to a server that answers at once, and whose every answer has a time limit."""
+    if settings.read_timeout_ms is None:
+        return cast(Connection[Any], _get_conn(settings))
+    _greet(settings.host, settings.port)
+    conn = _TimedConnection.connect(_get_conninfo(settings), connect_timeout=2, **_get_conn_kwargs(settings))
+    conn.limit_s = settings.read_timeout_ms / 1000
+    conn.execute(SQL("SET statement_timeout = {}").format(Text(settings.read_timeout_ms)))
+    conn.commit()
     return conn
+
+
+def _greet(host: str, port: int) -> None:
+    """Ask whether the server speaks TLS, for the sake of an answer: libpq's own limit for connecting is 2 s at least.
+
+    https://www.postgresql.org/docs/current/protocol-message-formats.html, SSLRequest
+    """
+    with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as line:
+        line.sendall(struct.pack("!ii", 8, 80877103))
+        if not line.recv(1):
+            raise OperationalError(f"PostgreSQL at {host}:{port} closed the connection")
+
+
+def _where(config: RepoConfig) -> str:
+    return f"{config.online_store.host}:{config.online_store.port}"
 
 
 def _table(config: RepoConfig, view: FeatureView) -> Identifier:

@@ -38,6 +38,10 @@ class DriftLimits:
     missing: float = 0.2
     outside: float = 0.2
 
+    def __post_init__(self) -> None:
+        if min(self.psi, self.missing, self.outside) <= 0:
+            raise InputError(f"{self} has a limit that is not above 0, which every sample exceeds; raise it")
+
 
 def drift(current: pl.DataFrame, whole: pl.DataFrame, recent: pl.DataFrame, limits: DriftLimits | None = None) -> CheckResult:
     """Have the features of `current` moved away from those of `whole` (all the past) and of `recent` (its end)?

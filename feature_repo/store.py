@@ -8,20 +8,25 @@ of features; whoever reads events reads them, too.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 import polars as pl
 
 from feature_repo.erased import ErasedUsers
+from feature_repo.sources.clean import reject
 from feature_repo.sources.raw import REJECTED, Raw
-from tandem.core.errors import InputError, NotFoundError
+from tandem.core.errors import InputError, NotFoundError, UnavailableError
 from tandem.core.folders import held, sweep_partials
 from tandem.core.schema import EVENTS, ITEMS, USERS, Source
 
@@ -33,6 +38,11 @@ SOURCE_FILE: Final = "source.json"
 TRUTH_FOLDER: Final = "truth"
 NEW_FOLDER: Final = "new"
 LOCK_FILE: Final = "import.lock"
+UNREADABLE: Final = ".unreadable"
+"""What the name of a part ends with that could not be read."""
+
+OVER_A_DAY: Final = "more events of this user on one day than events.per_user_per_day"
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PENDING: Final = ".pending.parquet"
 _WAIT_S: Final = 5.0
 
@@ -84,23 +94,48 @@ def scan_events(data_folder: Path) -> pl.LazyFrame:
     return pl.concat([pl.scan_parquet(path) for path in files], how="diagonal_relaxed")
 
 
-def append_events(data_folder: Path, events: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
-    """Keep single events, each `event_id` once, and refused rows; returns those that are new. They are on disk when it returns.
+def append_events(
+    data_folder: Path, events: pl.DataFrame, rejected: pl.DataFrame, per_user_per_day: int = 0
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Keep single events, each `event_id` once, and refused rows; returns the new ones and all that were refused.
+
+    They are on disk when it returns. `events` have a column `row`, their number in what was sent. Of one user and UTC day at most
+    `per_user_per_day` are taken, those that came first (0: all); the rest is refused.
+    Raises BusyError when an import holds the folder for long, UnavailableError when the disk takes nothing.
+    """
+    with _disk_that_takes(data_folder), held(data_folder / LOCK_FILE, "new events", _WAIT_S):
+        asked = ErasedUsers(data_folder).drop_from(events.unique("event_id", keep="first", maintain_order=True))
+        known = scan_events(data_folder).select("event_id").filter(pl.col("event_id").is_in(asked["event_id"].implode()))
+        new = asked.join(known.collect(), on="event_id", how="anti", maintain_order="left")
+        fresh, beyond = _within_a_day(data_folder, new, per_user_per_day)
+        refused = pl.concat([rejected, reject("events", beyond, pl.repeat(OVER_A_DAY, beyond.height, eager=True))])
+        set_aside(data_folder, refused)
+        if fresh.height:
+            folder = data_folder / NEW_FOLDER
+            folder.mkdir(exist_ok=True)
+            write_parquet(fresh.drop("row"), folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}{_PENDING}")
+        return fresh, refused
+
+
+def set_aside(data_folder: Path, rejected: pl.DataFrame) -> None:
+    """Add refused rows (`REJECTED`) to the others. For whoever holds the folder's lock."""
+    if rejected.height:
+        old = _old(data_folder, REJECTED_FILE, REJECTED)
+        write_parquet(pl.concat([old, rejected]).unique(maintain_order=True), data_folder / REJECTED_FILE)
+
+
+def set_aside_part(data_folder: Path, part: Path, reason: str) -> None:
+    """Take a part of new events out of the data: its rows become refused ones; a file that cannot be read is renamed.
 
     Raises BusyError when an import holds the folder for long.
     """
     with held(data_folder / LOCK_FILE, "new events", _WAIT_S):
-        if rejected.height:
-            old = _old(data_folder, REJECTED_FILE, REJECTED)
-            write_parquet(pl.concat([old, rejected]).unique(maintain_order=True), data_folder / REJECTED_FILE)
-        asked = ErasedUsers(data_folder).drop_from(events.unique("event_id", keep="first", maintain_order=True))
-        known = scan_events(data_folder).select("event_id").filter(pl.col("event_id").is_in(asked["event_id"].implode()))
-        fresh = asked.join(known.collect(), on="event_id", how="anti", maintain_order="left")
-        if fresh.height:
-            folder = data_folder / NEW_FOLDER
-            folder.mkdir(exist_ok=True)
-            write_parquet(fresh, folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}{_PENDING}")
-        return fresh
+        try:
+            rows = pl.read_parquet(part).with_row_index("row")
+        except (pl.exceptions.PolarsError, OSError):
+            rows = pl.DataFrame({"row": [0], "part": [part.name]})
+        set_aside(data_folder, reject("events", rows, pl.repeat(reason, rows.height, eager=True)))
+        part.unlink() if "user_id" in rows.columns else part.rename(part.with_name(part.name + UNREADABLE))
 
 
 def pending_parts(data_folder: Path) -> list[Path]:
@@ -154,11 +189,44 @@ def load_source(data_folder: Path) -> Source:
 def write_parquet(frame: pl.DataFrame, path: Path) -> None:
     """Replace a Parquet file atomically: after a crash it holds the old rows or the new."""
     beside = path.with_name(f".partial-{uuid.uuid4().hex}")
-    with beside.open("wb") as handle:
-        frame.write_parquet(handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as handle:
+            frame.write_parquet(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_that_takes(folder: Path) -> Iterator[None]:
+    """Say it plainly when the disk is full or may not be written."""
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        number = getattr(error, "errno", None) or int((re.findall(r"os error (\d+)", str(error)) or ["0"])[-1])
+        if number not in _FULL:
+            raise
+        raise UnavailableError(f"{folder} takes no more events: {os.strerror(number)}; make room and send them again") from error
+
+
+def _within_a_day(data_folder: Path, events: pl.DataFrame, limit: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """New events in two: those within the limit of their user's day, in the order of `row`, and those beyond it."""
+    if not limit or events.is_empty():
+        return events, events.clear()
+    day = pl.col("timestamp").dt.truncate("1d").alias("day")
+    asked = events.with_columns(day)
+    days = asked["day"].min(), asked["day"].max() + timedelta(days=1)  # type: ignore[operator]
+    earlier = scan_events(data_folder).filter(
+        pl.col("timestamp").is_between(*days, closed="left"), pl.col("user_id").is_in(asked["user_id"].unique().implode())
+    )
+    counts = earlier.group_by("user_id", day).len("earlier").collect()
+    place = pl.int_range(pl.len()).over("user_id", "day") + pl.col("earlier").fill_null(0)
+    placed = asked.sort("row").join(counts, on=["user_id", "day"], how="left", maintain_order="left").with_columns(place=place)
+    within = placed["place"] < limit
+    fresh, beyond = (placed.filter(each).drop("day", "earlier", "place") for each in (within, ~within))
+    return fresh, beyond
 
 
 def _write_all(raw: Raw, folder: Path) -> ImportCounts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,12 @@ from tandem.core.schema import EVENTS, ITEMS, TIME, USERS, id_problem
 
 CLOCK_SKEW: Final = timedelta(minutes=5)
 """How far ahead of now a timestamp may lie before it counts as being in the future."""
+
+EARLIEST: Final = datetime(1900, 1, 1, tzinfo=UTC)
+"""Older times are mistakes of the sender (year 1 for "unknown"), and item features cannot hold what lies centuries back."""
+
+LARGEST_VALUE: Final = 1e12
+"""One value near the largest float would make sums, and the features made from them, infinite."""
 
 _OPTIONAL_TEXT: Final = ("request_id", "split")
 _CONTENT: Final = ("user_id", "item_id", "action", "request_id", "split")
@@ -69,6 +75,7 @@ def clean_items(draft: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     parsed = parsed.with_columns(pl.coalesce("title", "item_id").alias("title"))
     parsed = parsed.with_columns(pl.coalesce("text", "title").alias("text")).select("row", *ITEMS, *extra)
     checks = _identity_checks(parsed, "item_id")
+    checks.append((_too_early("available_from"), f"available_from before {EARLIEST.year}"))
     checks.append((~pl.col("item_id").is_last_distinct(), "duplicate item (the last one is kept)"))
     items, rejected = _divide("items", draft, parsed, checks)
     return items.drop("row").sort("item_id"), rejected
@@ -198,6 +205,7 @@ def _number_checks(draft: pl.DataFrame) -> list[Check]:
             blank = given.is_null() | (given.cast(pl.String).str.strip_chars() == "")
             checks.append((~blank & pl.col(name).is_null(), f"{name} is not a number"))
             checks.append((pl.col(name).cast(pl.Float64).is_finite().not_(), f"{name} is not finite"))
+    checks.append((pl.col("value").abs() > LARGEST_VALUE, f"value beyond {LARGEST_VALUE:g}"))
     checks.append(((pl.col("propensity") <= 0) | (pl.col("propensity") > 1), "propensity outside (0, 1]"))
     return checks
 
@@ -207,8 +215,13 @@ def _time_checks(draft: pl.DataFrame, now: datetime) -> list[Check]:
     return [
         (missing, "no timestamp"),
         (pl.col("timestamp").is_null(), "timestamp cannot be read"),
+        (_too_early("timestamp"), f"timestamp before {EARLIEST.year}"),
         (pl.col("timestamp") > pl.lit(now + CLOCK_SKEW).cast(TIME), "timestamp in the future"),
     ]
+
+
+def _too_early(name: str) -> pl.Expr:
+    return pl.col(name) < pl.lit(EARLIEST).cast(TIME)
 
 
 def _id_text(column: pl.Series) -> pl.Series:

@@ -106,6 +106,10 @@ class Metrics:
         self.degraded = Counter("tandem_degraded", "Slates that fell back", ["reason"], registry=self.registry)
         self.release = Gauge("tandem_release_info", "1 for the release that answers", ["release"], registry=self.registry)
         self.features_age = Gauge("tandem_features_age_seconds", "Age of the item features in use", registry=self.registry)
+        self.features_old = Gauge(
+            "tandem_features_old", "1 while the item features are older than checks.freshness", registry=self.registry
+        )
+        self.rows_dropped = Counter("tandem_served_rows_dropped", "Served-log rows given up", registry=self.registry)
         self.ready = Gauge("tandem_ready", "1 while the service takes requests", registry=self.registry)
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -126,6 +130,7 @@ class Service:
         self.settings = settings
         self._follower = Follower(settings, lambda: self.release, self.swap, settings.service.follow_seconds) if follow else None
         self._retired: dict[Recommender, threading.Timer] = {}
+        self._dropped = self._dropped_before = 0
         self.metrics = Metrics()
         self.rates = Rates(settings.service.rate, settings.service.rate_store)
         self.phase: Phase = "starting"
@@ -141,7 +146,7 @@ class Service:
     @cached_property
     def gate(self) -> EventGate:
         """Where events come in; opened with the first one."""
-        return EventGate(self.settings.workspace, self.settings.features)
+        return EventGate(self.settings.workspace, self.settings.features, self.settings.events)
 
     @property
     def release(self) -> str | None:
@@ -150,6 +155,19 @@ class Service:
     @property
     def features_as_of(self) -> datetime | None:
         return self._recommender.features_as_of if self._recommender else None
+
+    @property
+    def features_are_old(self) -> bool:
+        """Are the item features in use older than the soft limit, by the clock that requests are answered by?"""
+        age = self._recommender.features_age if self._recommender else None
+        return age is not None and age > self.settings.checks.freshness.fresh
+
+    def count_dropped(self) -> None:
+        """Bring the counter of rows that the served-logs gave up to what it is now."""
+        answering = [each for each in (self._recommender, *self._retired) if each is not None]
+        dropped = self._dropped_before + sum(each.rows_dropped for each in answering)
+        self.metrics.rows_dropped.inc(dropped - self._dropped)
+        self._dropped = dropped
 
     def open(self) -> None:
         """Load the champion unless a recommender was given, warm it up, and go ready."""
@@ -176,6 +194,7 @@ class Service:
     def _let_go(self, old: Recommender) -> None:
         """Close a release that answered before, and give its memory back."""
         old.close()
+        self._dropped_before += old.rows_dropped
         self._retired.pop(old, None)
 
     def turn(self, phase: Phase) -> None:
@@ -364,6 +383,8 @@ def metrics(service: Here) -> Response:
     as_of = service.features_as_of
     if as_of is not None:
         service.metrics.features_age.set((datetime.now(UTC) - as_of).total_seconds())
+        service.metrics.features_old.set(service.features_are_old)
+    service.count_dropped()
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -40,9 +40,6 @@ _CUT: Final = 0.8
 _NEWEST: Final = 10
 """Drift looks at the newest tenth of the events."""
 
-FRESH: Final = timedelta(days=2)
-"""How old online features may be where no ttl says it."""
-
 _BEGINNING: Final = datetime(1, 1, 1, tzinfo=UTC)
 
 _NO_FEATURES: Final = ("_time", "_from")
@@ -61,8 +58,8 @@ def feature_checks(settings: Settings, now: datetime | None = None) -> list[Chec
         _online_parity(plane, users),
         replay_users(served, plane.views, plane.workspace, plane.as_of),
         replay_items(served, plane.views, plane.workspace, plane.as_of),
-        views_fresh(view_freshness(plane.workspace), plane.ttl, moment, FRESH),
-        _snapshot_fresh(plane, moment),
+        views_fresh(view_freshness(plane.workspace), plane.ttl, moment, settings.checks.freshness.fresh),
+        _snapshot_fresh(plane, settings.checks.freshness.fresh, moment),
         _drifted(plane, settings),
     ]
 
@@ -194,8 +191,8 @@ def _is_ahead(row: UserRow, plane: _Plane, now: datetime) -> bool:
     return False
 
 
-def _snapshot_fresh(plane: _Plane, now: datetime) -> CheckResult:
-    found = freshness(Snapshot.load(plane.workspace / "snapshot").as_of, FRESH, now)
+def _snapshot_fresh(plane: _Plane, limit: timedelta, now: datetime) -> CheckResult:
+    found = freshness(Snapshot.load(plane.workspace / "snapshot").as_of, limit, now)
     return CheckResult("snapshot fresh", found.passed, found.rows, found.detail)
 
 
@@ -212,7 +209,7 @@ def _drifted(plane: _Plane, settings: Settings) -> CheckResult:
     current, whole, recent = (
         _features(plane.training_rows(rows), plane.views) for rows in (newest, past, past.tail(len(newest)))
     )
-    return drift(current, whole, recent)
+    return drift(current, whole, recent, settings.checks.drift)
 
 
 def _features(frame: pl.DataFrame, views: Sequence[ViewSchema]) -> pl.DataFrame:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -34,6 +34,7 @@ from tandem.service.retrieve import Retrieved, retrieved_items
 from tandem.service.settings import RerankSettings
 
 _SPENT: Final = "budget_spent"
+STALE: Final = "stale_features"
 WORDS_WEIGHT: Final = 1.5
 """What closeness to a sentence weighs against the ranker's order, both standardised."""
 
@@ -147,6 +148,8 @@ class Parts:
     rerank: RerankSettings
     views: str
     clock: Callable[[], datetime]
+    stale_after: timedelta | None = None
+    """Item features older than this count as missing."""
 
 
 class _Clock:
@@ -204,14 +207,14 @@ class Recommender:
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
         found, tower = self._candidates(queries, max(self._parts.config.k, ask.k), clock)
-        as_of = self.features_as_of
-        features, names = self._features(users, found, tower, clock)
+        as_of = self._usable_as_of(now, clock)
+        features, names = self._features(users, found, tower, as_of, clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         scores = self._with_words(scores, found, queries)
         order, propensity = self._rerank(found, scores, ask.k, clock)
         items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
         slate = self._slate(ask, items, cold, truncated, clock)
-        self._log(ask, slate, read, as_of, self._first_item(features, names, order))
+        self._log(ask, slate, read, as_of, self._first_item(features, names, order) if as_of else None)
         return slate
 
     def retrieve(self, ask: Ask, now: datetime | None = None) -> Retrieved:
@@ -244,7 +247,7 @@ class Recommender:
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
         found, tower = self._candidates(queries, ask.k, clock)
-        features, names = self._features(users, found, tower, clock)
+        features, names = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         scores = self._with_words(scores, found, queries)
         items = self._explained(
@@ -283,7 +286,7 @@ class Recommender:
         if traced.removed is not None:
             return Why(user_id, item_id, self._titles[item], _removed(traced.removed), tuple(stages))
         found, tower = self._candidates(queries, self._parts.config.k, clock)
-        features, names = self._features(users, found, tower, clock)
+        features, names = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         place = int(np.flatnonzero(found.ids[0] == item)[0])
         rank = int((scores > scores[place]).sum()) + 1
@@ -316,6 +319,17 @@ class Recommender:
         """The moment that the item features in use were written for."""
         return None if self._parts.items is None else self._parts.items.as_of
 
+    @property
+    def features_age(self) -> timedelta | None:
+        """How old those features are by the clock that requests are answered by."""
+        as_of = self.features_as_of
+        return None if as_of is None else self._parts.clock() - as_of
+
+    @property
+    def rows_dropped(self) -> int:
+        """Rows that the served-log gave up."""
+        return 0 if self._parts.log is None else self._parts.log.dropped
+
     def warm(self) -> None:
         """Load now what is otherwise loaded at the first sentence. What fails here degrades an answer later, which says so."""
         self._sentence(Ask(query="warm up"), _Clock())
@@ -336,6 +350,8 @@ class Recommender:
         with clock.stage("user", "user_features_unavailable"):
             if ask.user_id is not None and self._parts.users is not None:
                 (read,) = self._parts.users.read([ask.user_id])
+        if read is not None and read.expired:
+            clock.degraded.append(STALE)
         row = {} if read is None else dict(read.features)
         cold = not row.get("history_items")
         if ask.session:
@@ -384,19 +400,28 @@ class Recommender:
             clock.degraded.append("empty_catalogue" if not len(self._titles) else "nothing_eligible")
         return found, tower[:, real]
 
+    def _usable_as_of(self, now: datetime, clock: _Clock) -> datetime | None:
+        """The moment that the item features in use were written for; None where there are none, or none young enough."""
+        as_of, limit = self.features_as_of, self._parts.stale_after
+        if as_of is None or limit is None or now - as_of <= limit:
+            return as_of
+        if STALE not in clock.degraded:
+            clock.degraded.append(STALE)
+        return None
+
     def _features(
-        self, users: Users, found: Candidates, tower: NDArray[np.float32], clock: _Clock
+        self, users: Users, found: Candidates, tower: NDArray[np.float32], as_of: datetime | None, clock: _Clock
     ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
         features: NDArray[np.float32] = np.empty((0, 0), np.float32)
         names: tuple[str, ...] = ()
         with clock.stage("items", "item_features_unavailable"):
             clock.in_time()
-            features, names = self._parts.assembler.features(users, found, tower, self._item_columns(pairs(found)[1]))
+            features, names = self._parts.assembler.features(users, found, tower, self._item_columns(pairs(found)[1], as_of))
         return features, names
 
-    def _item_columns(self, items: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def _item_columns(self, items: NDArray[np.int64], as_of: datetime | None) -> dict[str, NDArray[Any]]:
         known = self._parts.items
-        if known is None:
+        if known is None or as_of is None:
             return dict.fromkeys(self._parts.assembler.item_names, np.full(len(items), np.nan))
         return dict(zip(known.names, known.gather(items).T, strict=True))
 

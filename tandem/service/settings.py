@@ -16,7 +16,10 @@ from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from feature_repo.aggregates import AggregateConfig
+from feature_repo.checks import FreshnessLimits
+from feature_repo.live import EventLimits
 from feature_repo.online_config import OnlineConfig
+from feature_repo.shift import DriftLimits
 from registry.policy import GateConfig
 from retrieval.candidates import CandidateConfig
 from retrieval.index import IndexConfig
@@ -125,6 +128,14 @@ class ServiceSettings:
 
 
 @dataclass(frozen=True)
+class CheckSettings:
+    """When features are too old, and when they have moved too far."""
+
+    freshness: FreshnessLimits = field(default_factory=FreshnessLimits)
+    drift: DriftLimits = field(default_factory=DriftLimits)
+
+
+@dataclass(frozen=True)
 class RegistrySettings:
     """Where releases and runs are recorded; empty means SQLite files in the workspace's `state/`."""
 
@@ -141,6 +152,8 @@ class Settings:
     workspace: Path
     features: AggregateConfig = field(default_factory=lambda: AggregateConfig(history_length=100))
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    events: EventLimits = field(default_factory=EventLimits)
+    checks: CheckSettings = field(default_factory=CheckSettings)
     split: SplitSettings = field(default_factory=SplitSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     tuning: TuningConfig = field(default_factory=TuningConfig)
@@ -209,11 +222,18 @@ def write_default(workspace: Path) -> Path:
 
 DEFAULT: Final = """\
 # Tandem workspace settings. Every key has a default; unknown keys are refused.
-# `tandem status` prints where everything lies. Sections: features online split encoder tuning towers index candidates
-# ranker evaluation rerank service registry gates table
+# `tandem status` prints where everything lies. Sections: features online events checks split encoder tuning towers index
+# candidates ranker evaluation rerank service registry gates table
 
 [online]
 # url = "redis://localhost:6379/0"   # or postgresql://…; empty: a SQLite file of this workspace
+
+[events]
+# per_user_per_day = 5000       # how many single events of one user are taken; 0: all
+
+[checks]
+# freshness = { fresh_hours = 48, stale_hours = 168 }
+# drift = { psi = 0.5, missing = 0.2, outside = 0.2 }
 
 [encoder]
 # model = "minilm"              # or any Hugging Face name or folder, for example "intfloat/multilingual-e5-small"

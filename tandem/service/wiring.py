@@ -75,6 +75,7 @@ def _in_workspace(
             rerank=settings.rerank,
             views=view_versions({view.name: view.version for view in views}),
             clock=make_clock(settings),
+            stale_after=settings.checks.freshness.stale,
         )
     )
 

@@ -7,29 +7,32 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from fastapi.testclient import TestClient
 
 from feature_repo.materialize import materialize
 from feature_repo.offline import apply
 from feature_repo.online_config import OnlineConfig
 from feature_repo.store import load_events
+from tandem.service.app import create_app
 from tandem.service.breaker import PAUSE_S
 from tandem.service.recommend import Ask, Recommender
-from tandem.service.settings import load_settings
+from tandem.service.settings import Settings, load_settings
 from tandem.service.wiring import open_recommender
 
 
 class Wire:
-    """A TCP connection to the real Redis that can go dead: bytes are taken and nothing comes back."""
+    """A TCP connection to a real server that can go dead (bytes are taken, nothing comes back) or slow (`delay_s` a piece)."""
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self.connections, self.alive = 0, threading.Event()
+        self.connections, self.delay_s, self.alive = 0, 0.0, threading.Event()
         self.alive.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -48,6 +51,7 @@ class Wire:
         try:
             while data := source.recv(65536):
                 self.alive.wait()
+                time.sleep(self.delay_s)
                 sink.sendall(data)
         except OSError:
             return
@@ -56,9 +60,16 @@ class Wire:
         self._listener.close()
 
 
+@pytest.fixture(params=["redis", "postgres"])
+def server_url(request: pytest.FixtureRequest) -> str:
+    """An online store of its own on a real server."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
 @pytest.fixture
-def wire(redis_url: str) -> Iterator[Wire]:
-    address = urlsplit(redis_url)
+def wire(server_url: str) -> Iterator[Wire]:
+    address = urlsplit(server_url)
     wire = Wire(address.hostname or "127.0.0.1", address.port or 6379)
     yield wire
     wire.alive.set()
@@ -66,39 +77,82 @@ def wire(redis_url: str) -> Iterator[Wire]:
 
 
 @pytest.fixture
-def served(tmp_path: Path, tiny_workspace: Path, wire: Wire, redis_url: str) -> Iterator[Recommender]:
-    """The tiny world's champion, its users in a Redis behind the wire."""
+def settings(tmp_path: Path, tiny_workspace: Path, wire: Wire, server_url: str) -> Settings:
+    """The tiny world, its users on a server behind the wire."""
     workspace = Path(shutil.copytree(tiny_workspace, tmp_path / "workspace"))
-    apply(workspace, OnlineConfig(f"redis://127.0.0.1:{wire.port}{urlsplit(redis_url).path}"))
+    address = urlsplit(server_url)
+    who, _, _ = address.netloc.rpartition("@")
+    apply(workspace, OnlineConfig(address._replace(netloc=f"{who}@127.0.0.1:{wire.port}".removeprefix("@")).geturl()))
     materialize(workspace)
-    recommender = open_recommender(load_settings(workspace, {}))
+    return load_settings(workspace, {})
+
+
+@pytest.fixture
+def served(settings: Settings) -> Iterator[Recommender]:
+    """Its champion."""
+    recommender = open_recommender(settings)
     yield recommender
     recommender.close()
 
 
-def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommender, wire: Wire, tiny_workspace: Path) -> None:
-    user = load_events(tiny_workspace / "data")["user_id"][0]
+@pytest.fixture
+def user(tiny_workspace: Path) -> str:
+    known: str = load_events(tiny_workspace / "data")["user_id"][0]
+    return known
+
+
+LOST = ("user_features_unavailable",)
+
+
+def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommender, wire: Wire, user: str) -> None:
     known = served.recommend(Ask(user_id=user))
     assert (known.degraded, known.cold_start) == ((), False)
 
     wire.alive.clear()
     hanging = served.recommend(Ask(user_id=user))
-    assert hanging.degraded == ("user_features_unavailable",)
+    assert hanging.degraded == LOST
     assert len(hanging.items) == 10
     assert hanging.took_ms["user"] < 1000  # the wire never answers: without a limit this would take for ever
 
     before = wire.connections
-    assert served.recommend(Ask(user_id=user)).degraded == ("user_features_unavailable",)
+    assert served.recommend(Ask(user_id=user)).degraded == LOST
     assert wire.connections == before  # the breaker is open: the store is left alone
 
+    time.sleep(PAUSE_S)
+    assert served.recommend(Ask(user_id=user)).took_ms["user"] < 1000  # nor does a new connection wait for ever
     wire.alive.set()
     time.sleep(PAUSE_S)
     again = served.recommend(Ask(user_id=user))
     assert (again.degraded, again.cold_start) == ((), False)
 
 
-def test_a_store_that_is_gone_is_no_reason_to_fail(served: Recommender, wire: Wire, tiny_workspace: Path) -> None:
+def test_a_store_that_became_slow_piles_up_no_threads(served: Recommender, wire: Wire, user: str) -> None:
+    """Each piece of an answer takes 200 ms, some fifty times as long as before, while sixteen ask at once."""
+    served.recommend(Ask(user_id=user))
+    threads = threading.active_count()
+    wire.delay_s = 0.2
+    with ThreadPoolExecutor(16) as pool:
+        slates = [each.result() for each in [pool.submit(served.recommend, Ask(user_id=user)) for _ in range(64)]]
+    assert {slate.degraded for slate in slates} == {LOST}
+    assert max(slate.took_ms["user"] for slate in slates) < 1000  # sixteen reads one after the other would take 3 s
+    assert wire.connections <= 2 * 16
+    carriers = 2 * wire.connections
+    assert threading.active_count() <= threads + carriers + 1
+
+
+def test_a_store_that_is_gone_is_no_reason_to_fail(served: Recommender, wire: Wire, user: str) -> None:
     wire.alive.clear()
     wire.close()
-    slate = served.recommend(Ask(user_id=load_events(tiny_workspace / "data")["user_id"][0]))
-    assert (slate.degraded, len(slate.items)) == (("user_features_unavailable",), 10)
+    slate = served.recommend(Ask(user_id=user))
+    assert (slate.degraded, len(slate.items)) == (LOST, 10)
+
+
+def test_the_service_stays_ready_and_counts_what_it_lost(settings: Settings, wire: Wire, user: str) -> None:
+    with TestClient(create_app(settings), "http://127.0.0.1") as client:
+        assert client.post("/v1/recommend", json={"user_id": user}).json()["degraded"] == []
+        wire.alive.clear()
+        answers = [client.post("/v1/recommend", json={"user_id": user}) for _ in range(3)]
+        assert [(answer.status_code, answer.json()["degraded"]) for answer in answers] == [(200, list(LOST))] * 3
+        assert client.get("/v1/readyz").status_code == 200
+        assert 'tandem_degraded_total{reason="user_features_unavailable"} 3.0' in client.get("/v1/metrics").text
+        wire.alive.set()

@@ -114,7 +114,7 @@ def features_materialize(settings: Settings, since: datetime | None = None, prog
     from tandem.service.clock import make_clock
 
     counts = materialize(settings.workspace, until=make_clock(settings)(), since=since, progress=progress)
-    EventGate(settings.workspace, settings.features).apply_pending(datetime.now(UTC))
+    EventGate(settings.workspace, settings.features, settings.events).apply_pending(datetime.now(UTC))
     rows = tuple((name, each.written, each.late, each.quarantined) for name, each in counts.views.items())
     data = {
         "views": {name: vars(each) for name, each in counts.views.items()},
@@ -130,7 +130,7 @@ def features_push(settings: Settings, path: Path) -> Outcome:
     from feature_repo.live import EventGate
     from feature_repo.sources.files import read_table
 
-    done = EventGate(settings.workspace, settings.features).push(read_table(path).drop("row"), datetime.now(UTC))
+    done = EventGate(settings.workspace, settings.features, settings.events).push(read_table(path).drop("row"), datetime.now(UTC))
     data = {name: getattr(done, name) for name in ("received", "appended", "duplicates", "users", "items", "pending")}
     reasons = done.refused.group_by("reason").len().sort("reason").rows()
     rows = (*data.items(), *((f"refused: {reason}", count) for reason, count in reasons))
