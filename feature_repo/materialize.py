@@ -18,7 +18,7 @@ import polars as pl
 from feature_repo.offline import LOCK, check_applied, open_store, quiet
 from feature_repo.snapshot import write_snapshot
 from feature_repo.views import MAX_AHEAD, TIMESTAMP, ViewSchema, read_views, view_named
-from tandem.core.errors import InputError
+from tandem.core.errors import IncompatibleError, InputError
 from tandem.core.folders import held, sweep_partials
 from tandem.core.schema import TIME
 
@@ -66,13 +66,15 @@ def materialize(
     Defaults: from the beginning (late rows are found, and what did not change is written again) until now. Feast looks one
     hour further back than `since`, and moves a view's watermark only after the store counted what was written. `progress` is told
     a view's name, entities done, and about how many there are.
-    Raises BusyError while another run holds the lock, IncompatibleError when what was built has not been applied.
+    Raises BusyError while another run holds the lock, and IncompatibleError, before anything is stored, when what was built has
+    not been applied or a table does not have the columns that its view says.
     """
     now = datetime.now(UTC)
     end = min(until or now, now + MAX_AHEAD)
     views = read_views(workspace / "features")
     with held(workspace / LOCK, "features materialize"):
         sweep_partials(workspace / "snapshot")
+        _check_tables(workspace, views)
         ahead = {view.name: _quarantine_table(workspace, view, now) for view in views}
         store = open_store(workspace)
         if progress:
@@ -170,6 +172,24 @@ def _through_feast(
         store.materialize(since, until, feature_views=[view.name for view in views])
     done = store.provider.batch_engine.written
     return {view.name: (done[view.name].written, done[view.name].late) for view in views}
+
+
+def _check_tables(workspace: Path, views: Sequence[ViewSchema]) -> None:
+    """Has every part of every table its view's columns, in types that are the view's or become them without a loss?"""
+    for view in views:
+        path = workspace / view.path
+        for part in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+            found = pl.read_parquet_schema(part)
+            wrong = {name: found.get(name) for name, dtype in view.columns.items() if not _fits(found.get(name), dtype)}
+            if wrong:
+                said = ", ".join(f"{name} is {dtype or 'missing'}, not {view.columns[name]}" for name, dtype in wrong.items())
+                raise IncompatibleError(f"{part.relative_to(workspace)}: {said}; run `tandem features build`, nothing was stored")
+
+
+def _fits(found: pl.DataType | None, wanted: pl.DataType) -> bool:
+    if isinstance(wanted, pl.Datetime):
+        return isinstance(found, pl.Datetime)
+    return found == wanted or (found is not None and found.is_integer() and wanted == pl.Int64 and found != pl.UInt64)
 
 
 def _quarantine_table(workspace: Path, view: ViewSchema, now: datetime) -> int:

@@ -106,12 +106,24 @@ def held(lock: Path, who: str, wait_s: float = 0.0) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as handle:
         if not _locked(handle, time.monotonic() + wait_s):
-            handle.seek(0)
-            raise BusyError(f"{lock.stem} is busy, held by {handle.read().strip() or 'another run'}; wait for it")
+            raise BusyError(f"{lock.stem} is busy, held by {_holder(handle) or 'another run'}; wait for it")
         handle.truncate(0)
         handle.write(f"{who} (process {os.getpid()}) since {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}")
         handle.flush()
-        yield
+        try:
+            yield
+        finally:
+            handle.truncate(0)  # the next holder's name takes a moment to appear, and must not be this one meanwhile
+
+
+def _holder(handle: IO[str]) -> str:
+    """What the holder of a lock says of itself; it has a moment to write it down."""
+    for _ in range(20):
+        time.sleep(0.01)
+        handle.seek(0)
+        if text := handle.read().strip():
+            return text
+    return ""
 
 
 def _locked(handle: IO[str], until: float) -> bool:

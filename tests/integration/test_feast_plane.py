@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -339,6 +340,29 @@ def test_a_store_that_loses_rows_is_noticed_and_the_watermark_stays(workspace: P
         online.execute("DROP TRIGGER lossy")
     assert materialize(workspace).views["user_stats"].written == 2
     assert freshness(workspace).filter(view="user_stats")["materialized_until"].item() is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows.drop("item_events"), r"item_events is missing, not Int64"),
+        (lambda rows: rows.rename({"colour": "color"}), r"colour is missing, not String"),
+        (lambda rows: rows.with_columns(pl.col("item_events").cast(pl.String)), r"item_events is String, not Int64"),
+        (lambda rows: rows.with_columns(pl.col("item_events") + 0.5), r"item_events is Float64, not Int64"),
+    ],
+)
+def test_a_table_that_changed_under_its_view_fails_before_anything_is_stored(
+    served: Path, change: Callable[[pl.DataFrame], pl.DataFrame], said: str
+) -> None:
+    """The last view's table; the first one has news, which must not be stored either."""
+    newer = tables()["user_stats"].with_columns(pl.col(TIMESTAMP) + timedelta(days=9), pl.col("user_events") + 100)
+    write_tables(served, tables() | {"user_stats": newer})
+    change(tables()["item_stats"]).write_parquet(served / "features" / "item_stats.parquet")
+    before = freshness(served)["online_newest", "materialized_until"]
+    with pytest.raises(IncompatibleError, match=rf"features/item_stats.parquet: {said}; run `tandem features build`"):
+        materialize(served)
+    assert (events_of(served, "ann"), freshness(served)["online_newest", "materialized_until"].equals(before)) == (2, True)
+    assert Snapshot.load(served / "snapshot").column("item_events").tolist() == [3.0, 4.0]
 
 
 def test_a_second_run_is_told_who_holds_the_lock(workspace: Path) -> None:

@@ -60,6 +60,14 @@ def test_event_ids_are_pinned() -> None:
     assert event_ids(zero).to_list() == PINNED
 
 
+def test_an_item_available_before_1900_is_refused() -> None:
+    """Year 1 for "unknown": the item snapshot holds microseconds as float64, which end in 1684."""
+    times = ["0001-01-01T00:00:00Z", "1899-12-31T23:59:59Z", "1900-01-01T00:00:00Z", None]
+    items, rejected = clean_items(pl.DataFrame({"row": range(4), "item_id": ["a", "b", "c", "d"], "available_from": times}))
+    assert items["item_id"].to_list() == ["c", "d"]
+    assert rejected["reason"].to_list() == ["available_from before 1900"] * 2
+
+
 def test_items_and_users_are_kept_or_rejected_once() -> None:
     draft = pl.DataFrame(
         {
