@@ -84,7 +84,7 @@ def settings(tmp_path: Path, tiny_workspace: Path, wire: Wire, server_url: str) 
     who, _, _ = address.netloc.rpartition("@")
     apply(workspace, OnlineConfig(address._replace(netloc=f"{who}@127.0.0.1:{wire.port}".removeprefix("@")).geturl()))
     materialize(workspace)
-    return load_settings(workspace, {})
+    return load_settings(workspace, {"TANDEM_SERVICE__BUDGET_MS": "60000"})  # on a busy machine, too
 
 
 @pytest.fixture
@@ -102,6 +102,8 @@ def user(tiny_workspace: Path) -> str:
 
 
 LOST = ("user_features_unavailable",)
+BUSY_MS = 8000
+"""Limits are 30 ms a view; a machine that does other work, too, may take this long."""
 
 
 def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommender, wire: Wire, user: str) -> None:
@@ -112,14 +114,14 @@ def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommen
     hanging = served.recommend(Ask(user_id=user))
     assert hanging.degraded == LOST
     assert len(hanging.items) == 10
-    assert hanging.took_ms["user"] < 1000  # the wire never answers: without a limit this would take for ever
+    assert hanging.took_ms["user"] < BUSY_MS  # the wire never answers: without a limit this would take for ever
 
     before = wire.connections
     assert served.recommend(Ask(user_id=user)).degraded == LOST
     assert wire.connections == before  # the breaker is open: the store is left alone
 
     time.sleep(PAUSE_S)
-    assert served.recommend(Ask(user_id=user)).took_ms["user"] < 1000  # nor does a new connection wait for ever
+    assert served.recommend(Ask(user_id=user)).took_ms["user"] < BUSY_MS  # nor does a new connection wait for ever
     wire.alive.set()
     time.sleep(PAUSE_S)
     again = served.recommend(Ask(user_id=user))
@@ -127,14 +129,14 @@ def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommen
 
 
 def test_a_store_that_became_slow_piles_up_no_threads(served: Recommender, wire: Wire, user: str) -> None:
-    """Each piece of an answer takes 200 ms, some fifty times as long as before, while sixteen ask at once."""
+    """Each piece of an answer takes two seconds, while sixteen ask at once."""
     served.recommend(Ask(user_id=user))
     threads = threading.active_count()
-    wire.delay_s = 0.2
+    wire.delay_s = 2.0
     with ThreadPoolExecutor(16) as pool:
         slates = [each.result() for each in [pool.submit(served.recommend, Ask(user_id=user)) for _ in range(64)]]
     assert {slate.degraded for slate in slates} == {LOST}
-    assert max(slate.took_ms["user"] for slate in slates) < 1000  # sixteen reads one after the other would take 3 s
+    assert max(slate.took_ms["user"] for slate in slates) < BUSY_MS  # one whole read of four views would take 16 s
     assert wire.connections <= 2 * 16
     carriers = 2 * wire.connections
     assert threading.active_count() <= threads + carriers + 1
