@@ -51,7 +51,7 @@ def _guardrails() -> dict[str, Guardrail]:
         "measured/checks/leakage/wrong": Guardrail(at_most=0, required=False),
         "measured/checks/tables_in_time/wrong": Guardrail(at_most=0, required=False),
         "measured/checks/online_parity/wrong": Guardrail(at_most=0, required=False),
-        "measured/latency_ms/total/p95": Guardrail(may_rise=4.0, required=False),
+        "measured/latency_ms/total/p50": Guardrail(may_rise=4.0, required=False),
     }
 
 

@@ -112,7 +112,7 @@ def test_the_table_has_a_row_per_gate_and_per_guardrail() -> None:
         "measured/checks/leakage/wrong",
         "measured/checks/tables_in_time/wrong",
         "measured/checks/online_parity/wrong",
-        "measured/latency_ms/total/p95",
+        "measured/latency_ms/total/p50",
     ]
     assert table.row(5, named=True) == {
         "metric": "bytes", "where": None, "kind": "guardrail", "margin": None, "users": None, "champion": 1e6,
