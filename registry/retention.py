@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from registry.artifacts import Artifacts
 from registry.store import Release, ReleaseStore
 from tandem.core.errors import InputError
 from tandem.core.folders import held, sweep_partials
@@ -42,8 +43,17 @@ def reasons_to_keep(newest_first: Sequence[str], pinned: Sequence[str], challeng
     return reasons | dict.fromkeys(others[:keep], "new")
 
 
-def prune(store: ReleaseStore, releases: Path, keep: int, after: Callable[[str], None] = lambda step: None) -> Pruned:
-    """Delete all releases but those that `reasons_to_keep` names. BusyError while a release is being created."""
+def prune(
+    store: ReleaseStore,
+    releases: Path,
+    keep: int,
+    after: Callable[[str], None] = lambda step: None,
+    artifacts: Artifacts | None = None,
+) -> Pruned:
+    """Delete all releases but those that `reasons_to_keep` names, their copies in `artifacts` too.
+
+    BusyError while a release is being created.
+    """
     if keep < 0:
         raise InputError(f"keep = {keep}; it must be 0 or more")
     with held(releases / ".create.lock", "release prune"):
@@ -53,25 +63,41 @@ def prune(store: ReleaseStore, releases: Path, keep: int, after: Callable[[str],
             kept = reasons_to_keep(newest_first, work.pinned(), work.challenger(), keep)
             gone = tuple(work.delete(name).name for name in newest_first if name not in kept)
             work.commit()
-        return _removed(store, releases, kept, gone, after)
+        return _removed(store, releases, kept, gone, after, artifacts)
 
 
-def delete(store: ReleaseStore, releases: Path, name: str, after: Callable[[str], None] = lambda step: None) -> Pruned:
+def delete(
+    store: ReleaseStore,
+    releases: Path,
+    name: str,
+    after: Callable[[str], None] = lambda step: None,
+    artifacts: Artifacts | None = None,
+) -> Pruned:
     """Delete one release. ConflictError for the live one and those a rollback may need, NotFoundError for an unknown one."""
     with held(releases / ".create.lock", "release delete"):
         store.delete(name)
-        return _removed(store, releases, {}, (name,), after)
+        return _removed(store, releases, {}, (name,), after, artifacts)
 
 
 def _removed(
-    store: ReleaseStore, releases: Path, kept: Mapping[str, str], gone: tuple[str, ...], after: Callable[[str], None]
+    store: ReleaseStore,
+    releases: Path,
+    kept: Mapping[str, str],
+    gone: tuple[str, ...],
+    after: Callable[[str], None],
+    artifacts: Artifacts | None,
 ) -> Pruned:
-    """Remove the folders of everything deleted, now or in a call that was cut off."""
+    """Remove the folders and copies of everything deleted, now or in a call that was cut off."""
     sweep_partials(releases)
     with store.look() as work:
-        there = [release for release in work.deleted() if release.folder.is_dir()]
+        deleted = work.deleted()
+    there = [release for release in deleted if release.folder.is_dir()]
     inside = [release for release in there if _is_own(release, releases)]
     freed = sum(_remove(release, after) for release in inside)
+    if artifacts:
+        copied = artifacts.names()
+        for release in (release for release in deleted if release.name in copied):
+            artifacts.delete(release.name, release.content_hash)
     return Pruned(kept, gone, freed, tuple(release.folder for release in there if release not in inside))
 
 

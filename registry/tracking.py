@@ -39,7 +39,7 @@ from tandem.core.folders import write_json
 CHAMPION_ALIAS: Final = "champion"
 LOADER: Final = "tandem.service.batch"
 POINTER: Final = "release.json"
-"""What a model version carries by default: {release, content_hash, folder}, not a second copy of the release."""
+"""What a model version carries by default: {release, content_hash, folder, artifacts?}, not a second copy of the release."""
 
 _ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -149,10 +149,18 @@ class Tracker:
     """The experiment `experiment` and the registered model `model` at `uri`. Building one neither imports MLflow nor connects.
 
     `uri`: "sqlite:///<file>", "postgresql+psycopg://…" or "http(s)://…". `artifact_root` is where a new experiment keeps its
-    files; None leaves that to the server. Every method may raise UnavailableError, within ten seconds.
+    files; None leaves that to the server. `artifacts`: where releases are copied to, for pointers that are read elsewhere.
+    Every method may raise UnavailableError, within ten seconds.
     """
 
-    def __init__(self, uri: str, experiment: str = "tandem", artifact_root: Path | None = None, model: str = "tandem") -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str = "tandem",
+        artifact_root: Path | None = None,
+        model: str = "tandem",
+        artifacts: str = "",
+    ) -> None:
         if not NAME.fullmatch(model):
             raise InputError(f"{model[:80]!r} is not a model name: 1-64 of a-z, 0-9, '.', '_', '-'")
         _check_address(uri)
@@ -161,6 +169,7 @@ class Tracker:
         self._experiment = experiment
         self._artifact_root = artifact_root
         self._model = model
+        self._artifacts = artifacts
         self._client: Any = None
 
     @contextmanager
@@ -279,6 +288,7 @@ class Tracker:
             if not whole:
                 data = Path(scratch) / POINTER
                 pointer = {"release": manifest.name, "content_hash": manifest.content_hash, "folder": str(folder)}
+                pointer |= {"artifacts": self._artifacts} if self._artifacts else {}
                 write_json(data, pointer)
             uri, model_id = self._log_model(mlflow, run, data, loader)
             with suppress(mlflow.exceptions.MlflowException):  # it exists already, or the next call says what is wrong

@@ -5,12 +5,14 @@ A loader module, no pickle: MLflow calls `_load_pyfunc` with the logged data, wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from registry.artifacts import Artifacts
 from registry.release import verify_release
 from tandem.core.errors import InputError
 from tandem.core.folders import MANIFEST, read_json
@@ -44,6 +46,11 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _cache() -> Path:
+    """Where releases are kept that a model version points to from another machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "releases"
+
+
 def _load_pyfunc(path: str) -> BatchRecommender:
     """MLflow's hook. In a workspace the users' features are read too; elsewhere requests are answered without them."""
     logged = Path(path)
@@ -52,6 +59,8 @@ def _load_pyfunc(path: str) -> BatchRecommender:
         return BatchRecommender(load_folder(logged))
     facts = read_json(pointer)
     folder = Path(facts["folder"])
+    if not (folder / MANIFEST).is_file() and facts.get("artifacts"):
+        folder = Artifacts(facts["artifacts"], _cache()).fetch(facts["release"], facts["content_hash"])
     verify_release(folder, facts["content_hash"])
     workspace = folder.parent.parent
     if (workspace / "data" / "events.parquet").is_file():

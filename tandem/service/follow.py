@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tandem.core.errors import TandemError, UnavailableError
+from tandem.core.errors import BusyError, TandemError, UnavailableError
 from tandem.service.problems import log_line
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ class Follower:
             if champion.name in (None, self._serving()) or promotion == self._refused:
                 return False
             self._refused = promotion  # until it is loaded
-            check_room(self._opened().get(promotion[0]).folder)
+            check_room(self._fetched(promotion[0]))
             recommender = open_recommender(self._settings, promotion[0])
             recommender.warm()
-        except UnavailableError as error:  # the registry is away: what answers goes on answering
+        except (UnavailableError, BusyError) as error:  # the registry, or where releases lie, is away: what answers goes on
             self._refused = None
             log_line("registry_unreachable", reason=type(error).__name__)
             return False
@@ -74,6 +74,12 @@ class Follower:
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
             self.look()
+
+    def _fetched(self, name: str) -> Path:
+        """The folder of a release on this machine, fetched if it was made on another one."""
+        from registry.artifacts import Artifacts
+
+        return Artifacts(self._settings.registry.artifacts, self._settings.releases).here(self._opened().get(name)).folder
 
     def _opened(self) -> ReleaseStore:
         from registry.store import ReleaseStore

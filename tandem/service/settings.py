@@ -137,9 +137,13 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class RegistrySettings:
-    """Where releases and runs are recorded; empty means SQLite files in the workspace's `state/`."""
+    """Where releases and runs are recorded; empty means SQLite files in the workspace's `state/`.
+
+    `artifacts`: where releases are copied to for other machines, any fsspec URL; empty means they stay in `releases/`.
+    """
 
     url: str = ""
+    artifacts: str = ""
     mlflow_uri: str = ""
     experiment: str = "tandem"
     model: str = "tandem"
@@ -245,6 +249,10 @@ DEFAULT: Final = """\
 
 [rerank]
 # diversity = 0.05              # 0: order of scores; 1: categories only
+
+[registry]
+# url = "postgresql+psycopg://…"          # tables that several machines share; empty: a SQLite file of this workspace
+# artifacts = "s3://bucket/prefix"        # and the folder of every release, for machines that share the tables
 
 [gates]
 # metrics = { "ndcg@10" = { margin = 0.01, slices = { cold_user = 0.05 } }, "recall@100" = { margin = 0.02 } }

@@ -18,6 +18,7 @@ from feature_repo.served import ServedLog, view_versions
 from feature_repo.store import load_events, load_source
 from feature_repo.views import read_views
 from ranking.ranker import Ranker
+from registry.artifacts import Artifacts
 from registry.release import release_folder, verify_release
 from registry.store import ReleaseStore
 from retrieval.encoder import TextEncoder
@@ -114,7 +115,7 @@ def _which(settings: Settings, release: str | None) -> tuple[Path, str | None]:
         name = release or store.champion().name
         if name is None:
             raise NotFoundError(f"no release is live in {settings.workspace}; run `tandem release promote NAME`")
-        found = store.get(name)
+        found = Artifacts(settings.registry.artifacts, settings.releases).here(store.get(name))
         return found.folder, found.content_hash
     finally:
         store.close()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tandem.core.folders import read_json, verify_files
 from tandem.service.outcome import Cell, Outcome, RefusedError, Table
-from tandem.service.recipes.workspace import open_releases
+from tandem.service.recipes.workspace import open_releases, release_here
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def judge(settings: Settings, store: ReleaseStore, name: str) -> tuple[int, Verd
     """The stored number of a verdict on `name` against the champion, by `[gates]` of the settings, and the verdict."""
     from registry.policy import judge_release
 
-    challenger, champion = store.get(name), store.champion().name
-    old = _evidence(store.get(champion)) if champion and champion != name else None
+    challenger, champion = release_here(settings, store, name), store.champion().name
+    old = _evidence(release_here(settings, store, champion)) if champion and champion != name else None
     if old is not None and (rows := _champion_rows(challenger, str(champion))) is not None:
         old = replace(old, rows=rows)
     verdict = judge_release(settings.gates, old, _evidence(challenger))

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from tandem.core.errors import ConflictError, IncompatibleError, IntegrityError, NotFoundError
 from tandem.core.folders import file_hash, read_json, whole_folder, write_json
 from tandem.service.outcome import Outcome, Table
-from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, Progress, open_releases, quiet, tracked_run, writing
+from tandem.service.recipes.workspace import (
+    EVALUATION,
+    RANKER,
+    RETRIEVAL,
+    Progress,
+    open_artifacts,
+    open_releases,
+    quiet,
+    tracked_run,
+    writing,
+)
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -133,6 +143,7 @@ def _rival(settings: Settings, data: Dataset, store: Any, towers: str) -> tuple[
     if champion is None or _is_these_parts(settings, champion, towers):
         return None, None
     try:
+        champion = open_artifacts(settings).here(champion)
         verify_release(champion.folder, champion.content_hash)
         check_views(settings, champion.folder)
         return champion.name, Rival.open(settings, data, champion.folder, store)

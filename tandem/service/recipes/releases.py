@@ -13,7 +13,17 @@ from tandem.core.folders import file_hash, read_json, whole_folder, write_json
 from tandem.service.outcome import Cell, Outcome, RefusedError, Table
 from tandem.service.recipes.gate import REPORT, USERS, judge, told
 from tandem.service.recipes.models import check_ranker_link, headline
-from tandem.service.recipes.workspace import EVALUATION, RANKER, RETRIEVAL, open_releases, open_tracker, who_am_i, writing
+from tandem.service.recipes.workspace import (
+    EVALUATION,
+    RANKER,
+    RETRIEVAL,
+    open_artifacts,
+    open_releases,
+    open_tracker,
+    release_here,
+    who_am_i,
+    writing,
+)
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,7 +34,7 @@ _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars"
 
 
 def release_create(settings: Settings, name: str | None = None) -> Outcome:
-    """Bundle what was trained and evaluated into one immutable folder, and register it in MLflow."""
+    """Bundle what was trained and evaluated into one immutable folder, copy it to the artifacts' URL, register it in MLflow."""
     from registry.release import create_release, default_name, release_folder, release_hash
 
     with writing(settings, "release create"):
@@ -34,6 +44,7 @@ def release_create(settings: Settings, name: str | None = None) -> Outcome:
         facts = _release_facts(settings)
         chosen = name or default_name(release_hash(parts, facts), facts.created_at)
         manifest = create_release(parts, release_folder(settings.releases, chosen), facts)
+        open_artifacts(settings).upload(settings.releases / manifest.name, manifest)  # first: who sees it can fetch it
         with open_releases(settings) as store:
             store.add(manifest, settings.releases / manifest.name)
             registered, note = _register(settings, store, manifest.name)
@@ -184,7 +195,7 @@ def release_show(settings: Settings, name: str) -> Outcome:
     from registry.release import verify_release
 
     with open_releases(settings) as store:
-        release = store.get(name)
+        release = release_here(settings, store, name)
     manifest = verify_release(release.folder, release.content_hash)
     facts = (("content hash", manifest.content_hash), ("parent", manifest.parent), ("source", str(manifest.source.get("kind"))))
     rows = (*facts, *sorted(manifest.metrics.items()))
@@ -200,7 +211,7 @@ def release_promote(settings: Settings, name: str, because: str = "", force: boo
     if force and not because:
         raise InputError('a forced promotion needs a reason; add --because "…"')
     with open_releases(settings) as store:
-        release, champion = store.get(name), store.champion()
+        release, champion = release_here(settings, store, name), store.champion()
         verify_release(release.folder, release.content_hash)
         if champion.name == name:
             return Outcome(f"{name} is already the champion", {"champion": name}, None, "tandem serve")
@@ -225,7 +236,8 @@ def release_rollback(settings: Settings, to: str | None = None, because: str = "
     with open_releases(settings) as store:
         before = store.champion().name
         target = to or store.previous()
-        verify_release(store.get(target).folder, store.get(target).content_hash)
+        release = release_here(settings, store, target)
+        verify_release(release.folder, release.content_hash)
         promotion = store.rollback(target, expected=before, who=who_am_i(), why=because or "rollback")
         note = _mirror(settings, store)
     data = {"champion": promotion.name, "before": before, "at": promotion.at.isoformat()}
@@ -281,7 +293,7 @@ def release_delete(settings: Settings, name: str) -> Outcome:
     from registry.retention import delete
 
     with open_releases(settings) as store:
-        done = delete(store, settings.releases, name)
+        done = delete(store, settings.releases, name, artifacts=open_artifacts(settings))
     data = {"deleted": list(done.deleted), "freed_bytes": done.freed, "left": _names(done)}
     return Outcome(f"deleted {name}{_left(done)}", data, None, "tandem release list")
 
@@ -291,7 +303,7 @@ def release_prune(settings: Settings, keep: int) -> Outcome:
     from registry.retention import prune
 
     with open_releases(settings) as store:
-        done = prune(store, settings.releases, keep)
+        done = prune(store, settings.releases, keep, artifacts=open_artifacts(settings))
     rows = (*done.kept.items(), *((name, "deleted") for name in done.deleted))
     data = {"kept": dict(done.kept), "deleted": list(done.deleted), "freed_bytes": done.freed, "left": _names(done)}
     said = f"{len(done.deleted)} deleted, {len(done.kept)} kept, {done.freed / 1e6:,.1f} MB freed{_left(done)}"

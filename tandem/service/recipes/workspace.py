@@ -12,7 +12,8 @@ from tandem.core.folders import held, sweep_partials
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
-    from registry.store import ReleaseStore
+    from registry.artifacts import Artifacts
+    from registry.store import Release, ReleaseStore
     from registry.tracking import Tracker
 
 Progress = Callable[[str, int, int], None]
@@ -47,12 +48,25 @@ def open_releases(settings: Settings) -> Iterator[ReleaseStore]:
         store.close()
 
 
+def open_artifacts(settings: Settings) -> Artifacts:
+    """Where releases are copied to and fetched from."""
+    from registry.artifacts import Artifacts
+
+    return Artifacts(settings.registry.artifacts, settings.releases)
+
+
+def release_here(settings: Settings, store: ReleaseStore, name: str) -> Release:
+    """The release called `name` with its folder on this machine."""
+    return open_artifacts(settings).here(store.get(name))
+
+
 def open_tracker(settings: Settings) -> Tracker:
     from registry.tracking import Tracker
 
     settings.state.mkdir(parents=True, exist_ok=True)
     root = None if settings.registry.mlflow_uri else settings.workspace / "mlruns"
-    return Tracker(settings.mlflow_uri, settings.registry.experiment, root, settings.registry.model)
+    own = settings.registry
+    return Tracker(settings.mlflow_uri, own.experiment, root, own.model, artifacts=own.artifacts)
 
 
 class RunLog:
