@@ -107,6 +107,18 @@ class Manifest:
         _check_types(raw, where)
         return cls(**raw)
 
+    @classmethod
+    def recorded(cls, raw: Any, where: str) -> Manifest:
+        """A manifest as the tables remember it, of whatever schema: what we do not know is left out, what is missing is empty.
+
+        It tells what a release is, in lists and comparisons. Whether it can be loaded says the folder's own (`verify_release`).
+        """
+        if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
+            raise IntegrityError(f"{where}: the tables hold no manifest of it; restore them, or create the release again")
+        empty: dict[str, Any] = {one.name: {} for one in fields(cls)}
+        empty |= {"schema_version": 0, "name": where, "content_hash": "", "parent": None}
+        return cls(**{name: raw.get(name, value) for name, value in empty.items()})
+
 
 def release_folder(releases: Path, name: str) -> Path:
     """Where release `name` lies below `releases`. InputError when the name could not be one, or leads out of the folder."""

@@ -109,7 +109,11 @@ class Work:
         self._after("committed")
 
     def add(self, manifest: Manifest, folder: Path) -> Release:
-        """Remember a release. The same one again is fine; a name used for other content, or deleted, raises ConflictError."""
+        """Remember a release. The same one again is fine; a name used for other content, or deleted, raises ConflictError.
+
+        IncompatibleError for a manifest of another schema: only what this Tandem can load is taken in.
+        """
+        Manifest.from_dict(manifest.to_dict(), manifest.name)
         row = self._session.get(ReleaseRow, manifest.name)
         if row is None:
             row = ReleaseRow(
@@ -342,7 +346,7 @@ class Work:
         return row is not None and row.deleted_at is None
 
     def _release(self, row: ReleaseRow) -> Release:
-        folder, manifest = located(row.folder, self._releases), Manifest.from_dict(row.manifest, row.name)
+        folder, manifest = located(row.folder, self._releases), Manifest.recorded(row.manifest, row.name)
         return Release(row.name, row.content_hash, folder, row.created_at, manifest, row.model_version)
 
     def _row(self, name: str) -> ReleaseRow:

@@ -228,6 +228,22 @@ def test_another_schema_version_names_the_command(release: Path, version: int, w
         verify_release(release)
 
 
+def test_a_release_that_an_older_tandem_wrote_is_read_or_refused_with_the_command() -> None:
+    """A folder as schema version 1 wrote it, kept for good: who changes the schema decides here what becomes of old releases."""
+    old = Path(__file__).parents[2] / "data" / "schema-1-release"
+    try:
+        manifest = verify_release(old)
+    except IncompatibleError as refusal:
+        assert SCHEMA_VERSION > 1
+        assert "run `tandem release create`" in str(refusal)  # noqa: PT017
+        return
+    assert manifest.content_hash == "6d08c0011380b669a31bd0abdd35162b0fb701d7f254e8eef98de64892a0b4e2"
+    assert (manifest.schema_version, manifest.name, manifest.seeds) == (1, "schema-1-release", {"towers": 7})
+    assert manifest.metrics == {"towers/recall@100": 0.25, "task/click/auc": None}
+    assert manifest.links == {"index.towers": "t1"}
+    assert json.loads((old / "popular.json").read_text()) == {"item_ids": ["a", "b"]}
+
+
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"schema_version": true}', '{"schema_version": "1"}', "[" * 100_000])
 def test_a_manifest_that_is_none_is_refused(release: Path, text: str) -> None:
     (release / MANIFEST).write_text(text)

@@ -12,11 +12,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, text, update
 
 from registry.release import Manifest
 from registry.store import PROMOTE_STEPS, Champion, ReleaseStore
-from registry.tables import TABLES_VERSION
+from registry.tables import TABLES_VERSION, ReleaseRow
 from tandem.core.errors import (
     BusyError,
     ConflictError,
@@ -485,3 +485,20 @@ def test_a_manifest_of_another_schema_is_not_taken_in(store: ReleaseStore) -> No
     with pytest.raises(IncompatibleError, match="schema version 2"):
         store.add(replace(manifest("z"), schema_version=2), Path("z"))
     assert [one.name for one in store.list()] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_releases_of_another_schema_are_told_of_and_go_and_hinder_nobody(store: ReleaseStore, version: int) -> None:
+    """Tables outlive Tandems: a release that this one cannot load is listed, replaced and deleted all the same."""
+    promote(store, "a")
+    with store._engine.begin() as connection:
+        raw = {"schema_version": version, "name": "a", "content_hash": "0" * 64, "of_another_time": 1}
+        connection.execute(update(ReleaseRow).where(ReleaseRow.name == "a").values(manifest=raw))
+    assert [one.name for one in store.list()] == ["a", "b", "c", "d"]
+    assert (store.get("a").manifest.schema_version, store.get("a").manifest.metrics) == (version, {})
+    promote(store, "b")
+    promote(store, "c")
+    promote(store, "d")
+    assert store.pinned() == ("d", "c", "b")
+    assert store.delete("a").name == "a"
+    assert [line.name for line in store.history()] == ["a", "b", "c", "d"]
