@@ -24,6 +24,9 @@ TIMESTAMP: Final = "event_timestamp"
 ENTITIES: Final[dict[str, str]] = {"user": "user_id", "item": "item_id"}
 """Feast entity -> its join key, which is the table's column."""
 
+RANKING_SERVICE: Final = "ranking_v1"
+"""The Feast feature service with all that the ranker learns from: what a release names as its features."""
+
 MAX_AHEAD: Final = timedelta(minutes=5)
 """How far a clock may run ahead; rows stamped later than now plus this are quarantined."""
 

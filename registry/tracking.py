@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import http.client
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -57,6 +58,8 @@ _BACKENDS: Final = frozenset({"sqlite", "http", "https", *_PORTS})
 _PARAM_LENGTH: Final = 500
 _PARAMS_AT_ONCE: Final = 100
 _METRICS_AT_ONCE: Final = 1000
+_DIGEST: Final = 36
+_FEATURES: Final = "features.json"
 _PEOPLE: Final = frozenset({"user_id", "user_ids", "email"})
 _fluent = threading.Lock()  # MLflow's own address is one per process: held while a model is logged
 
@@ -87,6 +90,21 @@ class MirrorReport:
             said.append(f"alias {CHAMPION_ALIAS}: version {self.version_before} -> {self.version_after} ({self.champion})")
         said += [f"release {name} is not in MLflow (never registered, or deleted there)" for name in self.missing]
         return tuple(said) or (f"alias {CHAMPION_ALIAS} already names version {self.version_after} ({self.champion})",)
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """A table that a run read: `digest` of its bytes, its place within the workspace, its size and column types by name.
+
+    `context`: what for ("training", "evaluation").
+    """
+
+    name: str
+    digest: str
+    place: str
+    rows: int
+    columns: Mapping[str, str]
+    context: str
 
 
 class Run:
@@ -127,6 +145,17 @@ class Run:
             step += 1
 
         return log
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Words to find the run by. InputError for keys that name people."""
+        _refuse_people(values, "tags")
+        with self._tracker.client() as (client, mlflow):
+            client.log_batch(self.id, tags=[mlflow.entities.RunTag(key, value) for key, value in values.items()])
+
+    def inputs(self, data: Sequence[DataInput]) -> None:
+        """The data sets that the run read, as MLflow shows and compares them; their rows stay where they are."""
+        with self._tracker.client() as (client, mlflow):
+            client.log_inputs(self.id, [_input(mlflow, each) for each in data])
 
     def table(self, frame: pl.DataFrame, file: str) -> None:
         """A table that MLflow shows (`file` ends in .json). InputError when it has a column of people."""
@@ -219,6 +248,7 @@ class Tracker:
             return known
         with self.run(f"release {manifest.name}", {"release": manifest.name}) as run:
             run.params({"source": manifest.source.get("kind", ""), "window": manifest.window, "seeds": manifest.seeds})
+            run.params(manifest.settings)
             run.metrics(manifest.metrics)
             return self._add_version(run, manifest, folder.resolve(), whole, loader)
 
@@ -298,7 +328,7 @@ class Tracker:
                 source=uri,
                 run_id=run.id,
                 model_id=model_id,
-                tags={"release": manifest.name, "content_hash": manifest.content_hash},
+                tags={"release": manifest.name, "content_hash": manifest.content_hash} | _lineage(manifest, folder),
                 await_creation_for=0,
             )
         return str(version.version)
@@ -384,6 +414,31 @@ def _try_database(uri: str) -> None:
         inspect(engine).has_table("experiments")
     finally:
         engine.dispose()
+
+
+def _input(mlflow: Any, data: DataInput) -> Any:
+    """MLflow's own words for a data set, without a copy of it: its digests are 36 characters at most."""
+    columns = [{"type": kind, "name": name, "required": False} for name, kind in data.columns.items()]
+    found = mlflow.entities.Dataset(
+        name=data.name,
+        digest=data.digest[:_DIGEST],
+        source_type="local",
+        source=json.dumps({"uri": data.place}),
+        schema=json.dumps({"mlflow_colspec": columns}),
+        profile=json.dumps({"num_rows": data.rows, "num_elements": data.rows * len(columns)}),
+    )
+    return mlflow.entities.DatasetInput(found, [mlflow.entities.InputTag("mlflow.data.context", data.context)])
+
+
+def _lineage(manifest: Manifest, folder: Path) -> dict[str, str]:
+    """Tags that lead from a model version to what it was made from: parts, feature service, feature views and their versions."""
+    tags = {part: print_ for part in ("towers", "encoder") if (print_ := manifest.fingerprints.get(part))}
+    if service := manifest.source.get("feature_service"):
+        tags["feast.feature_service"] = str(service)
+    if _FEATURES in manifest.files:
+        views = json.loads((folder / _FEATURES).read_text(encoding="utf-8"))
+        tags["feast.feature_views"] = ", ".join(f"{view}:{facts['version']}" for view, facts in sorted(views.items()))
+    return tags
 
 
 def _signature(mlflow: Any) -> Any:

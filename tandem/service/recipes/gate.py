@@ -7,11 +7,11 @@ table, a sentence for each refusal, and the same for programs.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tandem.core.folders import read_json, verify_files
 from tandem.service.outcome import Cell, Outcome, RefusedError, Table
-from tandem.service.recipes.workspace import open_releases, release_here
+from tandem.service.recipes.workspace import numbers, open_releases, release_here
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -128,19 +128,8 @@ def _figures(release: Release) -> dict[str, float | None]:
     from registry.release import MEASURED
 
     measured = read_json(release.folder / MEASURED) if (release.folder / MEASURED).is_file() else {}
-    figures = dict(release.manifest.metrics) | _numbers(measured, "measured/")
+    figures = dict(release.manifest.metrics) | numbers(measured, "measured/")
     figures["bytes"] = float(sum((release.folder / name).stat().st_size for name in release.manifest.files))
     if _INDEX in release.manifest.files:
         figures["index/recall"] = read_json(release.folder / _INDEX)["recall"]
     return figures
-
-
-def _numbers(tree: dict[str, Any], prefix: str) -> dict[str, float | None]:
-    """Every number of a tree, named by its way: "measured/latency_ms/total/p95"."""
-    found: dict[str, float | None] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            found[f"{prefix}{key}"] = value
-    return found

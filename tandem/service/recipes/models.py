@@ -13,6 +13,7 @@ from tandem.service.recipes.workspace import (
     RANKER,
     RETRIEVAL,
     Progress,
+    numbers,
     open_artifacts,
     open_releases,
     quiet,
@@ -51,8 +52,10 @@ def _train_towers(settings: Settings, progress: Progress) -> dict[str, Any]:
         retriever, encoder = train_retriever(settings, data, log.metrics, progress)
         sections = {name: vars(getattr(settings, name)) for name in ("towers", "encoder", "tuning")}
         log.params({**sections, "items": len(data.items)})
+        log.inputs(settings, "training")
         with whole_folder(settings.models / RETRIEVAL) as folder:
             retriever.save(folder)
+            log.tags({"towers": read_json(folder / "retriever.json")["towers"]})
             write_json(folder / "encoder.json", encoder_facts(settings, encoder))
             if encoder.adapter is not None:
                 shutil.copytree(encoder.adapter, folder / ADAPTER)
@@ -68,6 +71,7 @@ def _train_towers(settings: Settings, progress: Progress) -> dict[str, Any]:
 
 def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     from feature_repo.offline import open_store
+    from feature_repo.views import RANKING_SERVICE
     from retrieval.retriever import Retriever
     from tandem.service.learn import Dataset, Offline, train_ranking
 
@@ -77,6 +81,8 @@ def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     with writing(settings, "train"), tracked_run(settings, "ranker") as log:
         ranker = train_ranking(settings, data, Offline(settings, data, retriever, open_store(settings.workspace)), log.metrics)
         log.params({"ranker": vars(settings.ranker)})
+        log.inputs(settings, "training")
+        log.tags({"towers": retriever.towers.fingerprint, "feast.feature_service": RANKING_SERVICE})
         with whole_folder(settings.models / RANKER) as folder:
             ranker.save(folder)
             write_json(folder / "link.json", {"towers": retriever.towers.fingerprint})
@@ -116,15 +122,17 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
         figures = _figures(found) | {"champion": champion}
         with whole_folder(settings.models / EVALUATION) as folder:
             found.report.users.write_parquet(folder / "users.parquet")
-            write_json(
-                folder / MEASURED, measure(settings, retriever, ranker, found.report.users["user_id"].unique().sort().to_list())
-            )
+            measured = measure(settings, retriever, ranker, found.report.users["user_id"].unique().sort().to_list())
+            write_json(folder / MEASURED, measured)
             write_json(
                 folder / "report.json",
                 figures
                 | {"towers": retriever.towers.fingerprint, "ranker": file_hash(settings.models / RANKER / "ranker.safetensors")},
             )
-        log.metrics(headline(figures))
+        log.metrics(headline(figures) | numbers(measured, "measured/"))
+        log.params({"evaluation": vars(settings.evaluation), "champion": champion or ""})
+        log.inputs(settings, "evaluation")
+        log.tags({"towers": retriever.towers.fingerprint})
         log.table(found.report.rows, "funnel.json")
     return Outcome(evaluated(figures), figures, funnel_table(figures), "tandem release create")
 

@@ -93,6 +93,7 @@ def _release_parts(settings: Settings) -> dict[str, Path]:
 
 def _release_facts(settings: Settings) -> Any:
     from feature_repo.store import load_source
+    from feature_repo.views import RANKING_SERVICE
     from registry.release import ReleaseFacts
 
     retrieval = settings.models / RETRIEVAL
@@ -121,6 +122,7 @@ def _release_facts(settings: Settings) -> Any:
             "positive": source.positive,
             "exclude_seen": source.exclude_seen,
             "tasks": [task.name for task in source.tasks],
+            "feature_service": RANKING_SERVICE,
         },
         settings={
             "towers": _jsonable(settings.towers),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from tandem.core.errors import UnavailableError
-from tandem.core.folders import held, sweep_partials
+from tandem.core.folders import file_hash, held, sweep_partials
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
     from registry.artifacts import Artifacts
     from registry.store import Release, ReleaseStore
-    from registry.tracking import Tracker
+    from registry.tracking import DataInput, Tracker
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,6 +75,8 @@ class RunLog:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.settings: dict[str, Any] = {}
+        self.words: dict[str, str] = {}
+        self.read: list[DataInput] = []
         self.tables: list[tuple[Any, str]] = []
 
     def metrics(self, values: dict[str, float]) -> None:
@@ -83,8 +85,36 @@ class RunLog:
     def params(self, values: dict[str, Any]) -> None:
         self.settings |= values
 
+    def tags(self, values: dict[str, str]) -> None:
+        self.words |= values
+
     def table(self, frame: Any, file: str) -> None:
         self.tables.append((frame, file))
+
+    def inputs(self, settings: Settings, context: str) -> None:
+        """The events and items of the workspace, as they are now."""
+        self.read += [_data_input(settings, name, context) for name in ("events", "items")]
+
+
+def _data_input(settings: Settings, name: str, context: str) -> DataInput:
+    import polars as pl
+
+    from registry.tracking import DataInput
+
+    path = settings.data / f"{name}.parquet"
+    table = pl.scan_parquet(path)
+    columns = {column: _mlflow_type(kind) for column, kind in table.collect_schema().items()}
+    rows = int(table.select(pl.len()).collect().item())
+    return DataInput(name, file_hash(path), f"data/{path.name}", rows, columns, context)
+
+
+def _mlflow_type(kind: Any) -> str:
+    """A column's type as MLflow names it; lists and the like are shown as text."""
+    if kind.is_temporal():
+        return "datetime"
+    if kind.is_numeric():
+        return "long" if kind.is_integer() else "double"
+    return "boolean" if str(kind) == "Boolean" else "string"
 
 
 @contextmanager
@@ -95,12 +125,25 @@ def tracked_run(settings: Settings, name: str) -> Iterator[RunLog]:
     try:
         with open_tracker(settings).run(name, {"workspace": settings.workspace.name}) as run:
             run.params(log.settings)
+            run.tags(log.words)
+            run.inputs(log.read)
             for step, values in enumerate(log.steps):
                 run.metrics({key.replace("@", "_at_"): value for key, value in values.items() if value == value}, step)
             for frame, file in log.tables:
                 run.table(frame, file)
     except UnavailableError:
         return
+
+
+def numbers(tree: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Every number of a tree, named by its way: "measured/latency_ms/total/p95"."""
+    found: dict[str, float] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def who_am_i() -> str:

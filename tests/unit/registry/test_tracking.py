@@ -17,7 +17,7 @@ import pytest
 
 from registry.release import Manifest, ReleaseFacts, create_release
 from registry.store import ReleaseStore
-from registry.tracking import POINTER, Tracker
+from registry.tracking import POINTER, DataInput, Tracker
 from tandem.core.errors import InputError, IntegrityError, NotFoundError, UnavailableError
 
 LOADER = "tandem_test_loader"
@@ -109,10 +109,20 @@ def test_a_run_keeps_what_it_was_told(tracker: Tracker, tmp_path: Path) -> None:
             log({"loss": loss})
         run.table(pl.DataFrame({"system": ["popularity", "towers"], "recall": [0.1, None]}), "funnel.json")
         run.text("popularity  0.1", "funnel.txt")
+        run.tags({"towers": "t1"})
+        run.inputs(
+            [DataInput("events", "f" * 64, "data/events.parquet", 7, {"user_id": "string", "value": "double"}, "training")]
+        )
         run.folder(tmp_path / "evaluation", "evaluation")
     found = run_of(tracker, run.id)
     assert found.info.status == "FINISHED"
     assert found.data.tags["stage"] == "funnel"
+    assert found.data.tags["towers"] == "t1"
+    (data,) = found.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("events", "f" * 36, "training")
+    assert json.loads(data.dataset.profile)["num_rows"] == 7
+    assert [each["name"] for each in json.loads(data.dataset.schema)["mlflow_colspec"]] == ["user_id", "value"]
+    assert json.loads(data.dataset.source) == {"uri": "data/events.parquet"}
     assert found.data.params["towers.width"] == "64"
     assert len(found.data.params["towers.long"]) == 500
     assert found.data.metrics == {"recall_at_100": 0.25, "all.ndcg_at_10": 0.125, "train/loss": 1.0}
