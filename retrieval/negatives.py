@@ -44,3 +44,26 @@ class NegativeSampler:
         missed = missed + self._popular * np.log1p(-self._popular_share[items])
         missed = missed + positives * np.log1p(-np.minimum(self._batch_share[items], 0.5))
         return np.asarray(np.log(-np.expm1(missed)), np.float32)
+
+
+class SharedNegatives:
+    """Negatives that all positions of a batch share, half uniform and half by popularity; their positives stand beside them."""
+
+    def __init__(self, popularity: np.ndarray, count: int, smoothing: float = 0.75) -> None:
+        weights = np.power(popularity.astype(np.float64) + 1e-9, smoothing)
+        self._shares = weights / weights.sum()
+        self._ends = np.cumsum(self._shares)
+        self._half = max(1, count // 2)
+
+    def draw(self, random: np.random.Generator) -> Negatives:
+        """Distinct items (C,), C <= count, with the log of the chance of each to be drawn."""
+        items = len(self._shares)
+        uniform = random.integers(0, items, self._half)
+        popular = np.minimum(np.searchsorted(self._ends, random.random(self._half), side="right"), items - 1)
+        drawn = np.unique(np.concatenate([uniform, popular]))
+        return Negatives(drawn, self.log_expected(drawn))
+
+    def log_expected(self, items: np.ndarray) -> np.ndarray:
+        """(len(items),) float32: log of the chance that an item is among the negatives."""
+        missed = self._half * (np.log1p(-1.0 / max(2, len(self._shares))) + np.log1p(-np.minimum(self._shares[items], 0.999)))
+        return np.asarray(np.log(-np.expm1(missed)), np.float32)

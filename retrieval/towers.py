@@ -1,8 +1,9 @@
 """The two towers: items and users as vectors of one space, whose inner product is the score (higher is better).
 
 An item's vector has three blocks: taste (text and attributes through a linear map, plus an id vector that a new item
-lacks), one popularity coordinate, and a compressed text block. A query fills the same three: a person the first two, a
-sentence the third, a mix all of them. So one index answers a person, a sentence, a session or any mix.
+lacks; beside it the vector of the sequence tower, where validation kept one), one popularity coordinate, and a compressed text
+block. A query fills the same three: a person the first two, a sentence the third, a mix all of them. So one index answers a
+person, a sentence, a session or any mix.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from retrieval.sequence import SequenceTower
 from tandem.core.errors import IncompatibleError, InputError
 from tandem.core.folders import content_hash, file_hash, read_json, write_json
 
@@ -26,17 +28,26 @@ _FACTS: Final = "towers.json"
 
 @dataclass(frozen=True)
 class TowerShape:
-    """Sizes that a saved tower is rebuilt from: items N, content C, text T, taste D, text block S, history H."""
+    """Sizes that a saved tower is rebuilt from: items N, content C, text T, pooled taste, text block S, history H.
+
+    `width` 0: without a sequence tower; otherwise it reads the last `sequence` events with `layers` blocks of `heads` heads.
+    """
 
     items: int
     content: int
     text: int
-    dimension: int
+    linear: int
     text_block: int
     history: int
-    sequence: int
-    width: int
-    layers: int
+    sequence: int = 0
+    width: int = 0
+    layers: int = 0
+    heads: int = 0
+
+    @property
+    def dimension(self) -> int:
+        """Length D of the taste block: pooled, then sequence."""
+        return self.linear + self.width
 
     @property
     def query(self) -> int:
@@ -56,71 +67,70 @@ class ItemTower(nn.Module):
         """What content (N, C) says of the taste, (N, D). The map is not trained further, so one call serves a whole training."""
         return content @ self.content
 
-    def forward(self, base: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """`keep` (N,) in {0, 1} drops id vectors, so that the items are seen by their content alone, as new ones are."""
-        identity = self.id if keep is None else self.id * keep[:, None]
-        return torch.add(identity, base)
+    def forward(self, base: torch.Tensor) -> torch.Tensor:
+        """All taste vectors (N, D)."""
+        return torch.add(self.id, base)
 
+    def rows(self, base: torch.Tensor, items: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """The taste vectors (R, D) of some items only; their gradient is sparse, so that a step costs no more than they do.
 
-class SequenceEncoder(nn.Module):
-    """A causal transformer over the last S item vectors of a history: (B, S, D) -> (B, D), zero at initialisation."""
-
-    def __init__(self, dimension: int, width: int, layers: int, length: int) -> None:
-        super().__init__()
-        self.into = nn.Linear(dimension, width)
-        self.position = nn.Parameter(torch.randn(length, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.1, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.out = nn.Linear(width, dimension, bias=False)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, vectors: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        steps = vectors.shape[1]
-        hidden = self.into(functional.layer_norm(vectors, vectors.shape[-1:])) + self.position[-steps:]
-        causal = torch.ones(steps, steps, dtype=torch.bool).triu(1)
-        # A padded query row may attend to itself only: an all-masked softmax row would be NaN.
-        blocked = causal | (~present[:, None, :] & ~torch.eye(steps, dtype=torch.bool))
-        heads = self.layers.layers[0].self_attn.num_heads
-        hidden = self.layers(hidden, mask=blocked.repeat_interleave(heads, 0))
-        taste: torch.Tensor = self.out(hidden[:, -1])
-        return taste * present[:, -1:]
+        `keep` (R,) in {0, 1} drops id vectors, so that those items are seen by their content alone, as new ones are.
+        """
+        identity = functional.embedding(items, self.id, sparse=True)
+        return base[items] + (identity if keep is None else identity * keep[:, None])
 
 
 class UserTower(nn.Module):
-    """History -> taste (B, D): recency-weighted pooling of the whole history plus a sequence model over its end."""
+    """History -> taste (B, D): recency-weighted pooling of the whole history."""
 
-    def __init__(self, shape: TowerShape) -> None:
+    def __init__(self, history: int) -> None:
         super().__init__()
-        self.recency = nn.Parameter(torch.zeros(shape.history))
+        self.recency = nn.Parameter(torch.zeros(history))
         self.log_scale = nn.Parameter(torch.tensor(float(np.log(15.0))))
-        self.sequence_length = shape.sequence
-        self.sequence = SequenceEncoder(shape.dimension, shape.width, shape.layers, shape.sequence) if shape.layers else None
 
-    def forward(self, vectors: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """`vectors` (B, H, D) of the history's items, `present` (B, H) bool; an empty history gives zeros."""
-        steps = vectors.shape[1]
-        weights = torch.exp(self.recency[-steps:]) * present
-        size = present.sum(1, keepdim=True).clamp(min=1)
-        taste = torch.einsum("bh,bhd->bd", weights, vectors) / size.sqrt()
-        if self.sequence is not None:
-            tail = min(steps, self.sequence_length)
-            taste = taste + self.sequence(vectors[:, -tail:], present[:, -tail:])
-        return taste * self.log_scale.exp()
+    def forward(self, vectors: torch.Tensor, places: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """`vectors` (R, D), `places` (B, H) rows of it, `present` (B, H) bool; an empty history gives zeros."""
+        steps, sizes = places.shape[1], present.sum(1)
+        weights = torch.exp(self.recency[-steps:]).expand(len(places), -1)[present]
+        starts = torch.cumsum(sizes, 0) - sizes
+        pooled = functional.embedding_bag(places[present], vectors, starts, mode="sum", per_sample_weights=weights)
+        return pooled * (self.log_scale.exp() / sizes.clamp(min=1).sqrt())[:, None]
 
 
 class TwoTowers(nn.Module):
-    """What is trained: a user tower over `inner` item vectors, scored against `outer` item vectors."""
+    """What is trained: a user tower over `inner` item vectors, scored against `outer` ones; a sequence tower beside it."""
 
     def __init__(self, shape: TowerShape) -> None:
         super().__init__()
-        self.inner = ItemTower(shape.items, shape.content, shape.dimension)
-        self.outer = ItemTower(shape.items, shape.content, shape.dimension)
+        self.inner = ItemTower(shape.items, shape.content, shape.linear)
+        self.outer = ItemTower(shape.items, shape.content, shape.linear)
         self.popularity = nn.Parameter(torch.zeros(shape.items))
-        self.user = UserTower(shape)
+        self.user = UserTower(shape.history)
+        self.sequence: SequenceTower | None = None
+        if shape.width:
+            self.sequence = SequenceTower(shape.items, shape.width, shape.layers, shape.heads, shape.sequence)
 
-    def taste(self, histories: torch.Tensor, inner: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Histories (B, H) int64 padded with -1 -> (B, D), looking items up in `inner` (N, D)."""
-        return self.user(inner[histories.clamp(min=0)] * present[..., None], present)  # type: ignore[no-any-return]
+    @property
+    def loudness(self) -> float:
+        """What the sequence tower's scores are multiplied with; 0 without one."""
+        return 0.0 if self.sequence is None else float(self.sequence.weight)
+
+    def taste(self, histories: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """Histories (B, H) int64 padded with -1 -> (B, linear), looking items up in `inner` (N, linear)."""
+        return self.user(inner, histories.clamp(min=0), histories >= 0)  # type: ignore[no-any-return]
+
+    def whole_taste(self, histories: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """(B, D): the pooled taste, and beside it what the sequence tower expects next."""
+        parts = [self.taste(histories, inner)]
+        if self.sequence is not None:
+            parts.append(self.sequence.last(histories))
+        return torch.cat(parts, dim=1)
+
+    def whole_items(self, outer: torch.Tensor) -> torch.Tensor:
+        """(N, D): what `whole_taste` is multiplied with; `outer` (N, linear)."""
+        if self.sequence is None:
+            return outer
+        return torch.cat([outer, self.sequence.items * self.sequence.weight], dim=1)
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ class Towers:
         with torch.inference_mode():
             inputs = torch.from_numpy(content)
             self._inner = network.inner(network.inner.base(inputs))
-            outer = network.outer(network.outer.base(inputs)).numpy()
+            outer = network.whole_items(network.outer(network.outer.base(inputs))).numpy()
         self.item_vectors: np.ndarray = self._assemble(outer, network.popularity.detach().numpy(), block(text))
         self._content = content
         self._text = text
@@ -186,7 +196,7 @@ class Towers:
         histories = self._fit(histories)
         indices = torch.from_numpy(histories)
         with torch.inference_mode():
-            taste = self._network.taste(indices, self._inner, indices >= 0).numpy()
+            taste = self._network.whole_taste(indices, self._inner).numpy()
         words = np.zeros((len(histories), self.shape.text_block), np.float32)
         popular = np.ones(len(histories), np.float32)
         if sentences is not None:
@@ -232,6 +242,8 @@ class Towers:
             raise IncompatibleError(
                 f"{folder}: {_WEIGHTS} is not the file that {_FACTS} describes; train again or fetch the folder again"
             )
+        if set(raw["shape"]) != set(TowerShape.__dataclass_fields__):
+            raise IncompatibleError(f"{folder}: towers of another version of Tandem; run `tandem train towers` again")
         shape = TowerShape(**raw["shape"])
         tensors = load_file(folder / _WEIGHTS)
         content, text = tensors.pop("content").numpy(), tensors.pop("text").numpy()

@@ -1,4 +1,4 @@
-"""Train the towers: closed-form start, then sampled softmax with logQ, stopped by recall on held-out users.
+"""Train the towers: closed-form start, then sampled softmax with logQ, then a sequence tower; held-out users decide what stays.
 
 In: a catalogue's content and text vectors and users' histories as dense item ids. Out: `Towers`.
 """
@@ -6,35 +6,41 @@ In: a catalogue's content and text vectors and users' histories as dense item id
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
-from retrieval.batches import Batch, epoch, late_cut, pad_left
+from retrieval.batches import Batch, Histories, epoch, pad_left
 from retrieval.loss import sampled_softmax
 from retrieval.negatives import NegativeSampler
+from retrieval.sequence import SequenceConfig, SequenceTower, sequence_scores, train_sequence
 from retrieval.towers import TextBlock, Towers, TowerShape, TwoTowers
+from retrieval.validate import Quality, Questions
 from retrieval.warm_start import content_map, warm_start
 from tandem.core.errors import InputError
 
+__all__ = ["Catalogue", "Histories", "TowerConfig", "train_towers"]
+
 Log = Callable[[dict[str, float]], None]
 POPULARITY_WEIGHTS: Final = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+SEQUENCE_WEIGHTS: Final = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+"""How loud the sequence tower may be, as multiples of the spread of the other scores."""
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """How the towers are built and trained; the defaults hold on the four real data sets (`tests/benchmarks/LOG.md`)."""
+    """How the towers are built and trained; the defaults hold on the four real data sets (`tests/benchmarks/LOG.md`).
+
+    `horizon`: how many of the next events are the answer to a history, in training and in validation; 1 for "what comes next".
+    """
 
     dimension: int = 192
     text_block: int = 64
     history: int = 100
-    sequence: int = 32
-    width: int = 64
-    layers: int = 1
     ridge: float = 300.0
     epochs: int = 10
     patience: int = 2
@@ -48,6 +54,7 @@ class TowerConfig:
     popular_negatives: int = 1000
     validation_users: float = 0.08
     validation_limit: int = 1000
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
     seed: int = 0
 
 
@@ -57,28 +64,6 @@ class Catalogue:
 
     content: np.ndarray
     text: np.ndarray
-
-
-@dataclass(frozen=True)
-class Histories:
-    """Users' histories as dense item ids, oldest first.
-
-    `positive` marks the events that retrieval should find; `cuts` are the places where time moves on (`batches.cut_places`).
-    """
-
-    sequences: Sequence[np.ndarray]
-    positive: Sequence[np.ndarray]
-    cuts: Sequence[np.ndarray]
-    exclude_seen: bool
-
-    def take(self, users: Iterable[int]) -> Histories:
-        chosen = list(users)
-        columns = {name: [getattr(self, name)[user] for user in chosen] for name in ("sequences", "positive", "cuts")}
-        return Histories(**columns, exclude_seen=self.exclude_seen)
-
-    def usable(self) -> Histories:
-        """Those that can be cut into a past and a future."""
-        return self.take(user for user, cuts in enumerate(self.cuts) if len(cuts))
 
 
 @dataclass(frozen=True)
@@ -99,67 +84,84 @@ def train_towers(catalogue: Catalogue, histories: Histories, config: TowerConfig
     _check(catalogue, histories)
     random = np.random.default_rng(config.seed)
     learn, validate = _held_out(histories, config, random)
+    questions = Questions.of(validate, config.horizon, 2 * config.validation_limit)
     shape = _shape(catalogue, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = _started(catalogue, learn, shape, config)
-        best = _fit(network, Bases.of(network, catalogue.content), learn, validate, config, random, log)
+        bases = Bases.of(network, catalogue.content)
+        facts = _fit(network, bases, learn, questions, config, random, log)
+        if config.sequence.rounds:
+            tower = _sequence_tower(network, bases, learn, questions, config, random, log)
+            shape, network, quality = _joined(shape, network, tower, bases, learn, questions, catalogue.content, log)
+            facts |= {"sequence_weight": network.loudness, "validation_recall_at_100": quality.recall}
     block = TextBlock.fit(catalogue.text, shape.text_block)
-    return _finished(shape, network, catalogue, block, best, validate)
+    return _finished(shape, network, catalogue, block, facts | {"validation_users": len(validate.sequences)}, validate)
 
 
 def _fit(
     network: TwoTowers,
     bases: Bases,
     learn: Histories,
-    validate: Histories,
+    questions: Questions,
     config: TowerConfig,
     random: np.random.Generator,
     log: Log,
 ) -> dict[str, object]:
     """The training loop, written out. Leaves the best weights in `network`; the closed-form start competes as epoch 0."""
     usable = learn.usable()
-    counts = _counts(learn, len(bases.inner))
+    counts = learn.counts(len(bases.inner))
     sampler = NegativeSampler(counts, config.uniform_negatives, config.popular_negatives)
-    optimizer = _optimizer(network, config)
-    best_recall, best_epoch = _weigh_popularity(network, bases, counts, validate, config), 0
+    optimizers = optimizers_of(network, config)
+    best, best_epoch = _weigh_popularity(network, bases, counts, questions), 0
     best_state = copy.deepcopy(network.state_dict())
-    log({"towers/epoch": 0, "towers/validation_recall_at_100": best_recall})
+    log({"towers/epoch": 0, "towers/validation_recall_at_100": best.recall})
     for number in range(1, config.epochs + 1 if usable.sequences else 1):
         losses = []
         for batch in epoch(
             usable.sequences, usable.cuts, size=config.batch_size, length=config.history, horizon=config.horizon,
             exclude_seen=usable.exclude_seen, targets=usable.positive, random=random,
         ):  # fmt: skip
-            loss = _batch_loss(network, bases, batch, sampler, usable.exclude_seen, config, random)
-            optimizer.zero_grad()
+            loss = batch_loss(network, bases, batch, sampler, usable.exclude_seen, config, random)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             losses.append(float(loss.detach()))
-        recall = validation_recall(network, bases, validate, config)
-        log({"towers/epoch": number, "towers/loss": float(np.mean(losses)), "towers/validation_recall_at_100": recall})
-        if recall > best_recall:
-            best_recall, best_epoch, best_state = recall, number, copy.deepcopy(network.state_dict())
+        quality = _judge(network, bases, questions)
+        log({"towers/epoch": number, "towers/loss": float(np.mean(losses)), "towers/validation_recall_at_100": quality.recall})
+        if quality.recall > best.recall:
+            best, best_epoch, best_state = quality, number, copy.deepcopy(network.state_dict())
         elif number - best_epoch >= config.patience:
             break
     network.load_state_dict(best_state)
-    return {"best_epoch": best_epoch, "validation_recall_at_100": best_recall, "validation_users": len(validate.sequences)}
+    return {"best_epoch": best_epoch, "validation_recall_at_100": best.recall}
 
 
-def _weigh_popularity(network: TwoTowers, bases: Bases, counts: np.ndarray, validate: Histories, config: TowerConfig) -> float:
-    """Give the start the weight of log popularity that has the best validation recall, and return that recall."""
+def _weigh_popularity(network: TwoTowers, bases: Bases, counts: np.ndarray, questions: Questions) -> Quality:
+    """Give the start the weight of log popularity that has the best validation recall, and return what it reaches."""
     logs = torch.from_numpy(np.log1p(counts).astype(np.float32))
-    recalls = {}
+    reached = {}
     for weight in POPULARITY_WEIGHTS:
         network.popularity.data = logs * weight
-        recalls[weight] = validation_recall(network, bases, validate, config)
-    best = max(recalls, key=recalls.__getitem__)
+        reached[weight] = _judge(network, bases, questions)
+    best = max(reached, key=lambda weight: reached[weight].recall)
     network.popularity.data = logs * best
-    return recalls[best]
+    return reached[best]
 
 
-def _batch_loss(
+def _judge(network: TwoTowers, bases: Bases, questions: Questions) -> Quality:
+    """Validation quality of the pooled taste with popularity, without a sequence tower."""
+    with torch.inference_mode():
+        inner, outer = network.inner(bases.inner), network.outer(bases.outer)
+    history = len(network.user.recency)
+    return questions.judge(
+        lambda pasts: network.taste(torch.from_numpy(pad_left(pasts, history)), inner) @ outer.T + network.popularity
+    )
+
+
+def batch_loss(
     network: TwoTowers,
     bases: Bases,
     batch: Batch,
@@ -168,17 +170,87 @@ def _batch_loss(
     config: TowerConfig,
     random: np.random.Generator,
 ) -> torch.Tensor:
-    network.train()
-    keep = torch.from_numpy((random.random(len(bases.inner)) >= config.id_dropout).astype(np.float32))
-    histories = torch.from_numpy(batch.histories)
-    present = (histories >= 0) & torch.from_numpy(random.random(histories.shape) >= config.history_dropout)
-    user = network.taste(histories, network.inner(bases.inner), present)
+    """Softmax loss of one batch; only the item rows that it needs are formed, and only they get a gradient."""
+    kept = (batch.histories >= 0) & (random.random(batch.histories.shape) >= config.history_dropout)
+    read = np.unique(batch.histories[kept])
+    places = torch.from_numpy(np.where(kept, np.searchsorted(read, batch.histories), 0))
+    user = network.user(network.inner.rows(bases.inner, torch.from_numpy(read)), places, torch.from_numpy(kept))
     drawn = sampler.draw(batch.items, random)
     chosen = torch.from_numpy(drawn.items)
-    scores = user @ network.outer(bases.outer, keep)[chosen].T + network.popularity[chosen]
+    keep = torch.from_numpy((random.random(len(chosen)) >= config.id_dropout).astype(np.float32))
+    scores = user @ network.outer.rows(bases.outer, chosen, keep).T + network.popularity[chosen]
     columns = torch.from_numpy(np.searchsorted(drawn.items, batch.items))
     hidden = _seen_columns(batch.histories, drawn.items) if exclude_seen else None
     return sampled_softmax(scores, torch.from_numpy(drawn.log_expected), torch.from_numpy(batch.rows), columns, hidden)
+
+
+def _sequence_tower(
+    network: TwoTowers,
+    bases: Bases,
+    learn: Histories,
+    questions: Questions,
+    config: TowerConfig,
+    random: np.random.Generator,
+    log: Log,
+) -> SequenceTower:
+    """A sequence tower whose item vectors begin as the leading directions of the pooled ones."""
+    width = min(config.sequence.width, config.dimension)
+    with torch.inference_mode():
+        start = (network.inner(bases.inner) + network.outer(bases.outer))[:, :width].numpy()
+    return train_sequence(start, learn, questions, replace(config.sequence, width=width), random, log)
+
+
+def _joined(
+    shape: TowerShape,
+    network: TwoTowers,
+    tower: SequenceTower,
+    bases: Bases,
+    learn: Histories,
+    questions: Questions,
+    content: np.ndarray,
+    log: Log,
+) -> tuple[TowerShape, TwoTowers, Quality]:
+    """Both towers side by side, the sequence tower as loud as validation NDCG@100 wants it; without it where that is silence."""
+    with torch.inference_mode():
+        inner, outer = network.inner(bases.inner), network.outer(bases.outer)
+        loudness = _loudness(network, tower, inner, outer, questions)
+
+    def score(weight: float) -> Callable[[Sequence[np.ndarray]], torch.Tensor]:
+        return lambda pasts: (
+            network.taste(torch.from_numpy(pad_left(pasts, shape.history)), inner) @ outer.T
+            + network.popularity
+            + weight * loudness * sequence_scores(tower, pasts)
+        )
+
+    reached = {weight: questions.judge(score(weight)) for weight in SEQUENCE_WEIGHTS}
+    best = max(reached, key=lambda weight: reached[weight].ndcg)
+    log({"sequence/weight": best, "towers/validation_ndcg_at_100": reached[best].ndcg})
+    if not best:
+        return shape, network, reached[best]
+    _fill_unseen(tower, learn, content)
+    tower.weight.data = torch.tensor(best * loudness)
+    network.sequence = tower
+    width, layers = tower.items.shape[1], len(tower.blocks)
+    shape = replace(shape, sequence=tower.length, width=width, layers=layers, heads=tower.heads)
+    return shape, network, reached[best]
+
+
+def _loudness(network: TwoTowers, tower: SequenceTower, inner: torch.Tensor, outer: torch.Tensor, questions: Questions) -> float:
+    """Spread of the pooled scores over the catalogue, as a multiple of the sequence tower's."""
+    pasts = questions.pasts[:200]
+    if not pasts:
+        return 1.0
+    histories = torch.from_numpy(pad_left(pasts, len(network.user.recency)))
+    pooled = network.taste(histories, inner) @ outer.T + network.popularity
+    return float(pooled.std(1).mean() / sequence_scores(tower, pasts).std(1).mean().clamp(min=1e-9))
+
+
+def _fill_unseen(tower: SequenceTower, learn: Histories, content: np.ndarray) -> None:
+    """Items that nobody has touched get the sequence vector that their content suggests."""
+    counts = learn.counts(len(content))
+    vectors = tower.items.detach().numpy()
+    suggested = content @ content_map(content, vectors, counts)
+    tower.items.data = torch.from_numpy(np.where(counts[:, None] > 0, vectors, suggested).astype(np.float32))
 
 
 def _seen_columns(histories: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
@@ -192,36 +264,9 @@ def _seen_columns(histories: np.ndarray, candidates: np.ndarray) -> torch.Tensor
     return torch.from_numpy(hidden)
 
 
-def validation_recall(network: TwoTowers, bases: Bases, histories: Histories, config: TowerConfig, k: int = 100) -> float:
-    """Mean recall@k over the users cut at 80% of their history, against the whole catalogue."""
-    network.eval()
-    cuts = [late_cut(places, len(sequence)) for places, sequence in zip(histories.cuts, histories.sequences, strict=True)]
-    pasts = [sequence[:cut] for sequence, cut in zip(histories.sequences, cuts, strict=True)]
-    futures = [
-        np.unique(sequence[cut:][positive[cut:]])
-        for sequence, positive, cut in zip(histories.sequences, histories.positive, cuts, strict=True)
-    ]
-    k = min(k, len(bases.inner))
-    recalls: list[float] = []
-    with torch.inference_mode():
-        inner, outer = network.inner(bases.inner), network.outer(bases.outer)
-        for start in range(0, len(pasts), 500):
-            indices = torch.from_numpy(pad_left(pasts[start : start + 500], config.history))
-            scores = network.taste(indices, inner, indices >= 0) @ outer.T + network.popularity
-            for row, (past, future) in enumerate(zip(pasts[start : start + 500], futures[start : start + 500], strict=True)):
-                wanted = np.setdiff1d(future, past) if histories.exclude_seen else future
-                if not len(wanted):
-                    continue
-                if histories.exclude_seen:
-                    scores[row, torch.from_numpy(past)] = -torch.inf
-                found = scores[row].topk(k).indices.numpy()
-                recalls.append(len(np.intersect1d(found, wanted)) / min(k, len(wanted)))
-    return float(np.mean(recalls)) if recalls else 0.0
-
-
 def _started(catalogue: Catalogue, learn: Histories, shape: TowerShape, config: TowerConfig) -> TwoTowers:
     network = TwoTowers(shape)
-    counts = _counts(learn, shape.items)
+    counts = learn.counts(shape.items)
     inner, outer = warm_start(_matrix(learn, shape.items), shape.dimension, config.ridge, config.seed)
     seen = (counts > 0).astype(np.float32)[:, None]
     for tower, vectors in ((network.inner, inner), (network.outer, outer)):
@@ -232,11 +277,13 @@ def _started(catalogue: Catalogue, learn: Histories, shape: TowerShape, config: 
     return network
 
 
-def _optimizer(network: TwoTowers, config: TowerConfig) -> torch.optim.Optimizer:
-    slow = [network.inner.id, network.outer.id]
-    fast = [value for name, value in network.named_parameters() if not name.startswith(("inner", "outer"))]
-    return torch.optim.AdamW(
-        [{"params": slow, "lr": config.item_learning_rate}, {"params": fast, "lr": config.learning_rate}], weight_decay=0.0
+def optimizers_of(network: TwoTowers, config: TowerConfig) -> tuple[torch.optim.Optimizer, ...]:
+    """One for the id vectors, which moves only the rows of a batch, and one for everything else that learns."""
+    ids = [network.inner.id, network.outer.id]
+    others = [value for name, value in network.named_parameters() if not name.startswith(("inner", "outer"))]
+    return (
+        torch.optim.SparseAdam(ids, lr=config.item_learning_rate),
+        torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0),
     )
 
 
@@ -259,9 +306,6 @@ def _shape(catalogue: Catalogue, config: TowerConfig) -> TowerShape:
         config.dimension,
         min(config.text_block, text, items),
         config.history,
-        config.sequence,
-        config.width,
-        config.layers,
     )
 
 
@@ -278,10 +322,6 @@ def _matrix(histories: Histories, items: int) -> sp.csr_matrix:
     matrix = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), (len(histories.sequences), items))
     matrix.data[:] = 1.0
     return matrix
-
-
-def _counts(histories: Histories, items: int) -> np.ndarray:
-    return np.bincount(np.concatenate([np.asarray(sequence, np.int64) for sequence in histories.sequences]), minlength=items)
 
 
 def _check(catalogue: Catalogue, histories: Histories) -> None:

@@ -116,7 +116,7 @@ def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progr
     texts = item_texts(data.items)
     encoder = open_encoder(settings, tuned_adapter(settings, data, texts, log, progress))
     text = encoder.encode(texts, lambda done, total: progress("encode item texts", done, total))
-    config = replace(TowerConfig(), **vars(settings.towers))
+    config = tower_config(settings)
     progress("train towers", 0, 1)
     histories = tower_histories(data)
     towers = train_towers(Catalogue(content_matrix(data.items, text), text), histories, config, log)
@@ -126,6 +126,13 @@ def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progr
     counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
     progress("train towers", 1, 1)
     return Retriever(data.items, towers, index, ItemKNN.fit(matrix, _NEIGHBOURS), counts, data.source.exclude_seen), encoder
+
+
+def tower_config(settings: Settings) -> TowerConfig:
+    """`[towers]` on top of the measured defaults."""
+    own = dict(vars(settings.towers))
+    default = TowerConfig()
+    return replace(default, sequence=replace(default.sequence, rounds=own.pop("sequence_rounds")), **own)
 
 
 def tower_histories(data: Dataset) -> Histories:

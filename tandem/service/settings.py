@@ -68,6 +68,8 @@ class TowerSettings:
     epochs: int = 10
     patience: int = 2
     ridge: float = 300.0
+    horizon: int = 50
+    sequence_rounds: int = 15
     seed: int = 0
 
 
@@ -243,6 +245,10 @@ DEFAULT: Final = """\
 # model = "minilm"              # or any Hugging Face name or folder, for example "intfloat/multilingual-e5-small"
 # prefix = "passage: "          # what the model's page asks for: e5 wants this before items,
 # query_prefix = "query: "      # and this before sentences
+
+[towers]
+# horizon = 50                  # how many of the next events are the answer to a history; 1: only what comes next
+# sequence_rounds = 15          # 0: no sequence tower
 
 [ranker]
 # utility = { click = 1.0, purchase = 0.5 }

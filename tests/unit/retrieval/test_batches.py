@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval.batches import cut_places, epoch, late_cut, pad_left
+from retrieval.batches import Histories, cut_places, epoch, late_cut, pad_left, windows
 
 
 def test_pad_left_keeps_the_end() -> None:
@@ -44,3 +44,29 @@ def test_only_positive_events_are_targets() -> None:
     )  # fmt: skip
     assert batch.histories.tolist() == [[0]]
     assert batch.items.tolist() == [2]
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=14), st.integers(0, 50), st.booleans())
+def test_targets_of_a_window_follow_their_place(gaps: list[int], seed: int, near: bool) -> None:
+    """Items are numbered by place: the target is the next event, or an event of the next moment."""
+    moments = np.cumsum(gaps)
+    histories = Histories([np.arange(len(gaps))], [np.ones(len(gaps), bool)], [cut_places(moments)], exclude_seen=False)
+    for window in windows(histories, users=1, size=1, length=20, near=float(near), random=np.random.default_rng(seed)):
+        assert window.histories.tolist() == [list(range(len(gaps) - 1))]
+        for place, target in enumerate(window.targets[0]):
+            later = moments[moments > moments[place]]
+            if near:
+                assert target == place + 1
+            elif len(later):
+                assert moments[target] == later[0]
+            else:
+                assert target == -1
+
+
+def test_a_window_is_no_longer_than_asked_and_skips_what_is_no_positive() -> None:
+    sequence = np.arange(9)
+    histories = Histories([sequence], [sequence % 2 == 0], [cut_places(sequence)], exclude_seen=True)
+    (window,) = windows(histories, users=1, size=1, length=4, near=1.0, random=np.random.default_rng(1))
+    assert window.histories.shape == (1, 4)
+    following = window.histories[0] + 1
+    assert window.targets[0].tolist() == np.where(following % 2 == 0, following, -1).tolist()

@@ -15,6 +15,7 @@ from retrieval.batches import cut_places
 from retrieval.index import IndexConfig, VectorIndex
 from retrieval.kinds import NAMES
 from retrieval.retriever import Retriever
+from retrieval.sequence import SequenceConfig
 from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "retrieval.md").read_text(encoding="utf-8")
@@ -27,7 +28,7 @@ def save_retriever(folder: Path) -> None:
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     sequences = [noise.permutation(ITEMS)[:6] for _ in range(40)]
     histories = Histories(sequences, [np.ones(6, bool)] * 40, [cut_places(np.arange(6))] * 40, exclude_seen=True)
-    config = TowerConfig(dimension=8, text_block=6, history=20, sequence=8, width=8, epochs=1, ridge=10.0)
+    config = TowerConfig(dimension=8, text_block=6, history=20, epochs=1, ridge=10.0, sequence=SequenceConfig(width=8, rounds=1))
     towers = train_towers(Catalogue(text, text), histories, config, lambda _: None)
     matrix = sp.csr_matrix((np.ones(240, np.float32), (np.repeat(np.arange(40), 6), np.concatenate(sequences))), (40, ITEMS))
     columns = {

@@ -15,6 +15,7 @@ from retrieval.candidates import CandidateConfig
 from retrieval.filters import Filters, Range
 from retrieval.index import IndexConfig, VectorIndex
 from retrieval.retriever import Queries, Retriever, items_fingerprint, tower_scores
+from retrieval.sequence import SequenceConfig
 from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 from tandem.core.errors import IncompatibleError, InputError, NotFoundError
 from tandem.core.folders import read_json, write_json
@@ -30,7 +31,7 @@ def retriever() -> Retriever:
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     sequences = [random.permutation(np.arange(user % 3, ITEMS, 3))[:9] for user in range(90)]
     histories = Histories(sequences, [np.ones(9, bool)] * 90, [cut_places(np.arange(9))] * 90, exclude_seen=True)
-    config = TowerConfig(dimension=8, text_block=6, history=20, sequence=8, width=8, epochs=1, ridge=10.0)
+    config = TowerConfig(dimension=8, text_block=6, history=20, epochs=1, ridge=10.0, sequence=SequenceConfig(width=8, rounds=1))
     towers = train_towers(Catalogue(text, text), histories, config, lambda _: None)
     matrix = sp.csr_matrix((np.ones(810, np.float32), (np.repeat(np.arange(90), 9), np.concatenate(sequences))), (90, ITEMS))
     items = pl.DataFrame(

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from retrieval.batches import cut_places, pad_left
+from retrieval.sequence import SequenceConfig
 from retrieval.towers import Towers
 from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 from tandem.core.errors import IncompatibleError, InputError
 
 TOPICS, PER_TOPIC, USERS = 4, 15, 240
 ITEMS = TOPICS * PER_TOPIC
-CONFIG = TowerConfig(dimension=16, text_block=8, history=20, sequence=8, width=16, ridge=20.0, epochs=2, validation_users=0.1)
+SEQUENCE = SequenceConfig(width=8, layers=1, heads=2, length=8, rounds=3)
+CONFIG = TowerConfig(dimension=16, text_block=8, history=20, ridge=20.0, epochs=2, validation_users=0.1, sequence=SEQUENCE)
 
 
 def _catalogue(seed: int = 0) -> Catalogue:
@@ -65,7 +67,7 @@ def test_a_sentence_alone_finds_items_with_that_text(towers: Towers) -> None:
 
 def test_no_history_and_no_sentence_is_popularity(towers: Towers) -> None:
     scores = (towers.query(np.full((1, 1), -1)) @ towers.item_vectors.T)[0]
-    assert np.allclose(scores, towers.item_vectors[:, CONFIG.dimension], atol=1e-6)
+    assert np.allclose(scores, towers.item_vectors[:, towers.shape.dimension], atol=1e-6)
 
 
 def test_batch_companions_change_nothing(towers: Towers) -> None:
