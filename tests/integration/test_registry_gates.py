@@ -159,9 +159,11 @@ def test_rows_that_were_touched_are_never_judged(settings: Settings) -> None:
 
 def test_the_settings_of_the_page_are_read_and_are_the_defaults_where_it_says_so(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "registry.md").read_text(encoding="utf-8")
-    default, own = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    default, own, team = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     plain = load_settings(tmp_path, {})
     (tmp_path / "tandem.toml").write_text(default)
     assert load_settings(tmp_path, {}).gates == plain.gates
     (tmp_path / "tandem.toml").write_text(own)
     assert "cold_user" in load_settings(tmp_path, {}).gates.metrics["ndcg@10"].slices
+    (tmp_path / "tandem.toml").write_text(team)
+    assert load_settings(tmp_path, {}).registry.artifacts == "s3://bucket/prefix"
