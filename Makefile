@@ -10,6 +10,7 @@ SIZE ?= small
 KIND ?=
 DATA ?=
 PEERS ?=
+PEER_PYTHON ?=
 WORKSPACE ?= $(if $(KIND),workspaces/$(KIND),workspace)
 
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ TO_RUN := $(VENV)/.installed-$(EXTRA)
 TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
 ALL_TESTS := --numprocesses 2 --dist loadfile --cov --cov-report=term
 
-.PHONY: demo test lint accept bench bench-features bench-retrieval clean
+.PHONY: demo test lint accept bench bench-features bench-retrieval bench-quality clean
 
 demo: $(TO_RUN)
 	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
@@ -43,6 +44,9 @@ bench-features: $(TO_TEST)  # with PEERS=folder, where "ibis-framework[duckdb]" 
 
 bench-retrieval: $(TO_TEST)  # with PEERS=folder, where hnswlib and usearch were installed by `pip install --target`
 	PYTHONPATH="$(PEERS)" $(BIN)/python -P tests/benchmarks/retrieval.py
+
+bench-quality: $(TO_TEST)  # with PEER_PYTHON=.../bin/python of an environment with rectools[torch], implicit, polars, sentence-transformers
+	$(BIN)/python tests/benchmarks/quality $(if $(PEER_PYTHON),--peers "$(PEER_PYTHON)")
 
 clean:  # workspaces stay: they hold data
 	rm -rf $(VENV) build dist *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

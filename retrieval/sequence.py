@@ -7,7 +7,6 @@ inner product with the same item vectors that it reads, so it is one more block 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from retrieval.batches import Histories, Window, pad_left, windows
+from retrieval.checkpoint import Checkpoints, Stage
 from retrieval.negatives import SharedNegatives
 from retrieval.validate import Questions
 
@@ -110,13 +110,16 @@ def train_sequence(
     config: SequenceConfig,
     random: np.random.Generator,
     log: Log,
+    kept: Checkpoints | None = None,
 ) -> SequenceTower:
     """The tower of the round with the best validation NDCG@100. `start` (N, width): vectors whose directions it begins with."""
     tower = _started(start, config)
     sampler = SharedNegatives(learn.counts(len(start)), config.negatives)
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    best, best_round, best_state, steps = -1.0, 0, copy.deepcopy(tower.state_dict()), 0
-    for number in range(1, config.rounds + 1):
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+    stage = Stage("sequence", tower, (optimizer,), random, kept or Checkpoints(None))
+    for number in range(stage.number + 1, config.rounds + 1):
+        if stage.tired(config.patience):
+            break
         tower.train()
         for window in windows(
             learn, users=config.users, size=config.batch_size, length=config.length, near=config.near, random=random
@@ -125,16 +128,13 @@ def train_sequence(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-            steps += 1
-            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, steps / config.warm_up)
+            group = optimizer.param_groups[0]
+            group["lr"] = min(config.learning_rate, group["lr"] + config.learning_rate / config.warm_up)
             optimizer.step()
         quality = questions.judge(lambda pasts: sequence_scores(tower.eval(), pasts))
         log({"sequence/round": number, "sequence/loss": float(loss.detach()), "sequence/validation_ndcg_at_100": quality.ndcg})
-        if quality.ndcg > best:
-            best, best_round, best_state = quality.ndcg, number, copy.deepcopy(tower.state_dict())
-        elif number - best_round >= config.patience:
-            break
-    tower.load_state_dict(best_state)
+        stage.finish(number, quality.ndcg)
+    tower.load_state_dict(stage.best_state)
     return tower.eval()
 
 

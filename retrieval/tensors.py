@@ -21,7 +21,7 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".partial-{uuid.uuid4().hex}")
     with beside.open("wb") as handle:
-        handle.write(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
+        handle.write(save({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}))
         handle.flush()
         os.fsync(handle.fileno())
     beside.replace(path)

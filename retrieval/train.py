@@ -5,9 +5,10 @@ In: a catalogue's content and text vectors and users' histories as dense item id
 
 from __future__ import annotations
 
-import copy
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -15,6 +16,7 @@ import scipy.sparse as sp
 import torch
 
 from retrieval.batches import Batch, Histories, epoch, pad_left
+from retrieval.checkpoint import Checkpoints, Stage
 from retrieval.loss import sampled_softmax
 from retrieval.negatives import NegativeSampler
 from retrieval.sequence import SequenceConfig, SequenceTower, sequence_scores, train_sequence
@@ -22,6 +24,7 @@ from retrieval.towers import TextBlock, Towers, TowerShape, TwoTowers
 from retrieval.validate import Quality, Questions
 from retrieval.warm_start import content_map, warm_start
 from tandem.core.errors import InputError
+from tandem.core.folders import content_hash
 
 __all__ = ["Catalogue", "Histories", "TowerConfig", "train_towers"]
 
@@ -79,9 +82,21 @@ class Bases:
         return cls(network.inner.base(inputs), network.outer.base(inputs))
 
 
-def train_towers(catalogue: Catalogue, histories: Histories, config: TowerConfig, log: Log) -> Towers:
-    """Trained towers over the catalogue; deterministic on the CPU for one seed. Raises InputError without any usable history."""
+def train_towers(
+    catalogue: Catalogue,
+    histories: Histories,
+    config: TowerConfig,
+    log: Log,
+    checkpoints: Path | None = None,
+    every_seconds: float = 60.0,
+) -> Towers:
+    """Trained towers over the catalogue; deterministic on the CPU for one seed. Raises InputError without any usable history.
+
+    With a folder for `checkpoints` a training that was killed goes on where it was at most `every_seconds` before, and ends with
+    the same bytes; the folder is removed at the end.
+    """
     _check(catalogue, histories)
+    kept = Checkpoints(checkpoints, "" if checkpoints is None else _key(catalogue, histories, config), every_seconds)
     random = np.random.default_rng(config.seed)
     learn, validate = _held_out(histories, config, random)
     questions = Questions.of(validate, config.horizon, 2 * config.validation_limit)
@@ -90,11 +105,12 @@ def train_towers(catalogue: Catalogue, histories: Histories, config: TowerConfig
         torch.manual_seed(config.seed)
         network = _started(catalogue, learn, shape, config)
         bases = Bases.of(network, catalogue.content)
-        facts = _fit(network, bases, learn, questions, config, random, log)
+        facts = _fit(network, bases, learn, questions, config, random, log, kept)
         if config.sequence.rounds:
-            tower = _sequence_tower(network, bases, learn, questions, config, random, log)
+            tower = _sequence_tower(network, bases, learn, questions, config, random, log, kept)
             shape, network, quality = _joined(shape, network, tower, bases, learn, questions, catalogue.content, log)
             facts |= {"sequence_weight": network.loudness, "validation_recall_at_100": quality.recall}
+    kept.forget()
     block = TextBlock.fit(catalogue.text, shape.text_block)
     return _finished(shape, network, catalogue, block, facts | {"validation_users": len(validate.sequences)}, validate)
 
@@ -107,16 +123,20 @@ def _fit(
     config: TowerConfig,
     random: np.random.Generator,
     log: Log,
+    kept: Checkpoints,
 ) -> dict[str, object]:
     """The training loop, written out. Leaves the best weights in `network`; the closed-form start competes as epoch 0."""
     usable = learn.usable()
     counts = learn.counts(len(bases.inner))
     sampler = NegativeSampler(counts, config.uniform_negatives, config.popular_negatives)
     optimizers = optimizers_of(network, config)
-    best, best_epoch = _weigh_popularity(network, bases, counts, questions), 0
-    best_state = copy.deepcopy(network.state_dict())
-    log({"towers/epoch": 0, "towers/validation_recall_at_100": best.recall})
-    for number in range(1, config.epochs + 1 if usable.sequences else 1):
+    stage = Stage("pooled", network, optimizers, random, kept)
+    if not stage.resumed:
+        stage.finish(0, _weigh_popularity(network, bases, counts, questions).recall)
+        log({"towers/epoch": 0, "towers/validation_recall_at_100": stage.best})
+    for number in range(stage.number + 1, config.epochs + 1 if usable.sequences else 1):
+        if stage.tired(config.patience):
+            break
         losses = []
         for batch in epoch(
             usable.sequences, usable.cuts, size=config.batch_size, length=config.history, horizon=config.horizon,
@@ -129,14 +149,11 @@ def _fit(
             for optimizer in optimizers:
                 optimizer.step()
             losses.append(float(loss.detach()))
-        quality = _judge(network, bases, questions)
-        log({"towers/epoch": number, "towers/loss": float(np.mean(losses)), "towers/validation_recall_at_100": quality.recall})
-        if quality.recall > best.recall:
-            best, best_epoch, best_state = quality, number, copy.deepcopy(network.state_dict())
-        elif number - best_epoch >= config.patience:
-            break
-    network.load_state_dict(best_state)
-    return {"best_epoch": best_epoch, "validation_recall_at_100": best.recall}
+        recall = _judge(network, bases, questions).recall
+        log({"towers/epoch": number, "towers/loss": float(np.mean(losses)), "towers/validation_recall_at_100": recall})
+        stage.finish(number, recall)
+    network.load_state_dict(stage.best_state)
+    return {"best_epoch": stage.best_number, "validation_recall_at_100": stage.best}
 
 
 def _weigh_popularity(network: TwoTowers, bases: Bases, counts: np.ndarray, questions: Questions) -> Quality:
@@ -192,12 +209,13 @@ def _sequence_tower(
     config: TowerConfig,
     random: np.random.Generator,
     log: Log,
+    kept: Checkpoints,
 ) -> SequenceTower:
     """A sequence tower whose item vectors begin as the leading directions of the pooled ones."""
     width = min(config.sequence.width, config.dimension)
     with torch.inference_mode():
         start = (network.inner(bases.inner) + network.outer(bases.outer))[:, :width].numpy()
-    return train_sequence(start, learn, questions, replace(config.sequence, width=width), random, log)
+    return train_sequence(start, learn, questions, replace(config.sequence, width=width), random, log, kept)
 
 
 def _joined(
@@ -322,6 +340,15 @@ def _matrix(histories: Histories, items: int) -> sp.csr_matrix:
     matrix = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), (len(histories.sequences), items))
     matrix.data[:] = 1.0
     return matrix
+
+
+def _key(catalogue: Catalogue, histories: Histories, config: TowerConfig) -> str:
+    """What a training is made from, as a hash: another catalogue, another history or another setting is another training."""
+    arrays = [catalogue.content, catalogue.text]
+    for parts in (histories.sequences, histories.positive, histories.cuts):
+        arrays += [np.array([len(part) for part in parts]), np.concatenate([np.asarray(part, np.int64) for part in parts])]
+    hashes = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
+    return content_hash({"config": asdict(config), "exclude_seen": histories.exclude_seen, "data": hashes})
 
 
 def _check(catalogue: Catalogue, histories: Histories) -> None:

@@ -1,5 +1,6 @@
 """The towers on a world with known answers: a checkerboard of tastes, with texts that tell a new item's taste."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval.batches import cut_places, pad_left
+from retrieval.batches import Batch, cut_places, pad_left
+from retrieval.loss import sampled_softmax
+from retrieval.negatives import NegativeSampler
 from retrieval.sequence import SequenceConfig
-from retrieval.towers import Towers
-from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
+from retrieval.towers import Towers, TwoTowers
+from retrieval.train import Bases, Catalogue, Histories, TowerConfig, batch_loss, train_towers
 from tandem.core.errors import IncompatibleError, InputError
 
 TOPICS, PER_TOPIC, USERS = 4, 15, 240
@@ -86,6 +89,45 @@ def test_same_seed_same_bytes(towers: Towers, tmp_path: Path) -> None:
     assert towers.fingerprint == again.fingerprint
 
 
+class KilledError(Exception):
+    """Stands for the kill: nothing after it runs."""
+
+
+@pytest.mark.parametrize("at", [{"towers/epoch": 2}, {"sequence/round": 3}], ids=["pooled", "sequence"])
+def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    at: dict[str, float], towers: Towers, tmp_path: Path
+) -> None:
+    def die(measured: dict[str, float]) -> None:
+        if at.items() <= measured.items():
+            raise KilledError
+
+    histories, folder = _histories(untouched=(0, 1)), tmp_path / "training"
+    with pytest.raises(KilledError):
+        train_towers(_catalogue(), histories, CONFIG, die, folder, every_seconds=0.0)
+    assert any(folder.iterdir())
+    log: list[dict[str, float]] = []
+    again = train_towers(_catalogue(), histories, CONFIG, log.append, folder, every_seconds=0.0)
+    assert [key for key in log[0] if key in at] == list(at)
+    assert log[0].items() >= at.items()  # it went on with the round in which it was killed
+    assert not folder.exists()
+    for place, trained in (("a", towers), ("b", again)):
+        (tmp_path / place).mkdir()
+        trained.save(tmp_path / place)
+    assert again.fingerprint == towers.fingerprint
+
+
+def test_the_checkpoint_of_another_training_is_not_looked_at(tmp_path: Path) -> None:
+    def die(measured: dict[str, float]) -> None:
+        if measured.get("towers/epoch") == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_towers(_catalogue(), _histories(seed=5), CONFIG, die, tmp_path / "training", every_seconds=0.0)
+    log: list[dict[str, float]] = []
+    train_towers(_catalogue(), _histories(), CONFIG, log.append, tmp_path / "training")
+    assert log[0]["towers/epoch"] == 0
+
+
 def test_saved_and_loaded_answers_alike(towers: Towers, tmp_path: Path) -> None:
     towers.save(tmp_path)
     loaded = Towers.load(tmp_path)
@@ -101,6 +143,43 @@ def test_swapped_weights_are_refused(towers: Towers, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(IncompatibleError, match=r"not the file that towers\.json describes"):
         Towers.load(tmp_path)
+
+
+def test_towers_of_an_older_version_are_refused_with_the_way_out(towers: Towers, tmp_path: Path) -> None:
+    towers.save(tmp_path)
+    facts = json.loads((tmp_path / "towers.json").read_text())
+    facts["shape"]["dimension"] = facts["shape"].pop("linear")
+    (tmp_path / "towers.json").write_text(json.dumps(facts))
+    with pytest.raises(IncompatibleError, match="tandem train towers"):
+        Towers.load(tmp_path)
+
+
+def test_only_the_rows_of_a_batch_get_a_gradient_and_it_is_the_right_one(towers: Towers) -> None:
+    """Against autograd over whole tables, without dropout: sparse rows, and the same values."""
+    catalogue, histories = _catalogue(), _histories()
+    network = TwoTowers(towers.shape)
+    for tower in (network.inner, network.outer):
+        torch.nn.init.normal_(tower.id, generator=torch.Generator().manual_seed(1))
+    bases, still = Bases.of(network, catalogue.content), replace(CONFIG, history_dropout=0.0, id_dropout=0.0)
+    batch = Batch(np.array([[-1, 3, 7], [4, 8, 12]]), np.array([0, 0, 1]), np.array([11, 15, 16]))
+    sampler = NegativeSampler(histories.counts(ITEMS), 10, 5)
+    loss = batch_loss(network, bases, batch, sampler, True, still, np.random.default_rng(2))
+    loss.backward()
+    rows = network.inner.id.grad
+    assert rows.is_sparse
+    assert set(rows.coalesce().indices()[0].tolist()) == {3, 7, 4, 8, 12}
+
+    inner, outer = (tower.id.detach().clone().requires_grad_() for tower in (network.inner, network.outer))
+    random = np.random.default_rng(2)
+    random.random(batch.histories.shape)
+    drawn = sampler.draw(batch.items, random)
+    past = [inner[[3, 7]].sum(0) / 2**0.5, inner[[4, 8, 12]].sum(0) / 3**0.5]
+    scores = torch.stack(past) * 15.0 @ outer[torch.from_numpy(drawn.items)].T
+    hidden = torch.tensor([[item in seen for item in drawn.items] for seen in ({3, 7}, {4, 8, 12})])
+    columns = torch.from_numpy(np.searchsorted(drawn.items, batch.items))
+    sampled_softmax(scores, torch.from_numpy(drawn.log_expected), torch.from_numpy(batch.rows), columns, hidden).backward()
+    assert torch.allclose(rows.to_dense(), inner.grad, atol=1e-5)
+    assert torch.allclose(network.outer.id.grad.to_dense(), outer.grad, atol=1e-5)
 
 
 def test_training_never_ends_below_its_start() -> None:
