@@ -14,7 +14,7 @@ task is its positives per history event, or per impression when the source logs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from feature_repo.counts import Counting, Totals, running_counts
 from feature_repo.views import ENTITIES, TIMESTAMP, ViewSchema, write_views
 from tandem.core.errors import InputError
 from tandem.core.folders import whole_folder
@@ -138,7 +139,18 @@ def _view(name: str, table: pl.DataFrame) -> ViewSchema:
 
 def _marked(events: pl.LazyFrame, source: Source) -> pl.DataFrame:
     """Events that any feature looks at, in (timestamp, event_id) order, with 0/1 columns for what they are."""
-    return _marks(events, source).sort(TIMESTAMP, "event_id").collect()
+    marked = _marks(events, source).collect()
+    return marked if _in_order(marked) else marked.sort(TIMESTAMP, "event_id")
+
+
+def _in_order(marked: pl.DataFrame) -> bool:
+    """Are events in (timestamp, event_id) order? Those of a workspace are, and to look costs far less than to sort."""
+    time, name = pl.col(TIMESTAMP), pl.col("event_id")
+    if not marked[TIMESTAMP].is_sorted():
+        return False
+    equal = marked.lazy().filter((time == time.shift()) | (time == time.shift(-1)))
+    one_after_another = (time != time.shift()) | (name >= name.shift())
+    return bool(equal.select(one_after_another.slice(1).fill_null(False).all()).collect().item())
 
 
 def _marks(events: pl.LazyFrame, source: Source) -> pl.LazyFrame:
@@ -177,10 +189,6 @@ def _follows_impression(task: Task, source: Source) -> bool:
 # --- counts, windows and rates -----------------------------------------------------------------------------------------
 
 
-Totals = Callable[[pl.Series], pl.DataFrame]
-"""Instants -> totals over everybody up to and including each of them, as `all_*` columns, sorted by instant."""
-
-
 def _stats(
     marked: pl.DataFrame,
     entity: str,
@@ -191,65 +199,26 @@ def _stats(
 ) -> pl.DataFrame:
     """The `user_stats` or `item_stats` table; with `since` [key, since] only the rows at or after that time."""
     key = ENTITIES[entity]
-    names = marked[key].unique().sort()
-    sums = _sums(_numbered(marked, key, names), key, source)
-    totals = _running_totals(sums, key, source)
-    rows = _rows_with_midnights(sums, key, config)
-    rows = rows.join_asof(totals, on=TIMESTAMP, by=key, strategy="backward", check_sortedness=False)
-    rows = _with_windows(rows, totals, key, config.windows)
-    rows = rows.with_columns(names.gather(rows[key]).alias(key))
+    counting = Counting(tuple(_counted(source)), config.windows, config.until)
+    rows = running_counts(marked, key, counting, totals_at)
     if since is not None:
         rows = _from(rows, key, since)
-    rows = rows.sort(TIMESTAMP)
-    rows = rows.join_asof(totals_at(rows[TIMESTAMP]), on=TIMESTAMP, strategy="backward", check_sortedness=False)
-    return rows.sort(key, TIMESTAMP).select(key, TIMESTAMP, *_stat_columns(entity, source, config))
+    return rows.select(key, TIMESTAMP, *_stat_columns(entity, source, config))
 
 
 def _from(rows: pl.DataFrame, key: str, since: pl.DataFrame) -> pl.DataFrame:
     return rows.join(since, on=key, maintain_order="left").filter(pl.col(TIMESTAMP) >= pl.col("since")).drop("since")
 
 
-def _numbered(frame: pl.DataFrame, key: str, names: pl.Series) -> pl.DataFrame:
-    """The frame with each id as its place in the sorted `names`: numbers sort alike, and join several times faster."""
-    return frame.with_columns(pl.col(key).cast(pl.Enum(names)).to_physical())
-
-
 def _counted(source: Source) -> list[str]:
     return ["history", "impressions", *(_task_column(task) for task in source.tasks)]
 
 
-def _sums(marked: pl.DataFrame, key: str, source: Source) -> pl.DataFrame:
-    """One row per (key, instant) with what happened then, sorted by (key, instant)."""
-    valued = pl.col("value").is_not_null() & (pl.col("history") > 0)
-    frame = marked.lazy().group_by(key, TIMESTAMP, maintain_order=True)
-    return (
-        frame.agg(
-            pl.col(_counted(source)).sum(),
-            pl.col("value").filter(valued).sum().alias("value_sum"),
-            valued.sum().cast(pl.Int64).alias("value_count"),
-        )
-        .sort(key, TIMESTAMP)
-        .collect()
-    )
-
-
-def _running_totals(sums: pl.DataFrame, key: str, source: Source) -> pl.DataFrame:
-    """Totals per key up to and including each instant; first and last history times in UTC microseconds."""
-    time = pl.when(pl.col("history") > 0).then(pl.col(TIMESTAMP).dt.epoch("us"))
-    return sums.select(
-        key,
-        TIMESTAMP,
-        pl.col(*_counted(source), "value_sum", "value_count").cum_sum().over(key),
-        time.cum_min().forward_fill().over(key).alias("first_time"),
-        time.forward_fill().over(key).alias("last_time"),
-    )
-
-
 def _totals_of(marked: pl.DataFrame, source: Source) -> Totals:
     """Totals at every instant with an event; whatever is asked finds the one at or before it."""
-    counted = pl.col(_counted(source))
-    per_instant = marked.lazy().group_by(TIMESTAMP).agg(counted.sum()).sort(TIMESTAMP)
-    totals = per_instant.select(TIMESTAMP, counted.cum_sum().name.prefix("all_")).collect()
+    counted, time = pl.col(_counted(source)), pl.col(TIMESTAMP)
+    running = marked.lazy().select(time, counted.cum_sum().name.prefix("all_"))
+    totals = running.filter(time.ne_missing(time.shift(-1))).collect()
     return lambda instants: totals
 
 
@@ -266,28 +235,6 @@ def _totals_in(events: pl.LazyFrame, source: Source) -> Totals:
         return filled.select(TIMESTAMP, counted.cum_sum().name.prefix("all_")).collect()
 
     return totals
-
-
-def _rows_with_midnights(sums: pl.DataFrame, key: str, config: AggregateConfig) -> pl.DataFrame:
-    """(key, instant) of every event and of every midnight at which a day with history events leaves a window."""
-    days = sums.lazy().filter(pl.col("history") > 0).select(key, pl.col(TIMESTAMP).dt.truncate("1d")).unique()
-    ends = [days.with_columns(pl.col(TIMESTAMP).dt.offset_by(f"{window}d")) for window in config.windows]
-    midnights = pl.concat(ends)
-    if config.until is not None:
-        midnights = midnights.filter(pl.col(TIMESTAMP) <= config.until)
-    return pl.concat([sums.lazy().select(key, TIMESTAMP), midnights]).unique().sort(key, TIMESTAMP).collect()
-
-
-def _with_windows(rows: pl.DataFrame, totals: pl.DataFrame, key: str, windows: tuple[int, ...]) -> pl.DataFrame:
-    """Add `window_<w>`: the total now less the total just before the window's first midnight."""
-    before = totals.select(key, pl.col(TIMESTAMP).alias("edge"), pl.col("history").alias("earlier"))
-    for window in windows:
-        first_midnight = pl.col(TIMESTAMP).dt.truncate("1d").dt.offset_by(f"-{window - 1}d")
-        rows = rows.with_columns((first_midnight - pl.duration(microseconds=1)).alias("edge"))
-        rows = rows.join_asof(before, on="edge", by=key, strategy="backward", check_sortedness=False)
-        count = (pl.col("history") - pl.col("earlier").fill_null(0)).alias(f"window_{window}")
-        rows = rows.with_columns(count).drop("edge", "earlier")
-    return rows
 
 
 def _stat_columns(entity: str, source: Source, config: AggregateConfig) -> list[pl.Expr]:

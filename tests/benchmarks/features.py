@@ -1,6 +1,6 @@
 """`make bench-features`: the feature plane against Feast's own stores on the same definitions, in the same run.
 
-    python tests/benchmarks/features.py [join materialize read] [--repeats 5] [--rows 1000000]
+    python tests/benchmarks/features.py [join materialize read aggregates] [--repeats 5] [--rows 1000000] [--copies 5]
 
 Every run of a rival is a process of its own, in turn with the others, so that its memory can be told; figures are medians.
 DuckDB and dask are Feast's own offline stores; what is not installed is left out, and said. Redis: TANDEM_TEST_REDIS, else local.
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["join", "materialize", "read"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--copies", type=int, default=5, help="of online-retail, for aggregates; pandas needs some GB per five")
     parser.add_argument("--rival", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     print("versions:", ", ".join(f"{name} {version(name)}" for name in ("feast", "polars", "pyarrow", "redis")))
     for part in asked.parts:
         with tempfile.TemporaryDirectory() as folder:
-            PARTS[part](Path(folder), asked.rows, asked.repeats)
+            PARTS[part](Path(folder), asked.copies if part == "aggregates" else asked.rows, asked.repeats)
 
 
 # --- the as-of join ---------------------------------------------------------------------------------------------------------
@@ -213,6 +214,30 @@ def read_all(home: Path) -> dict[str, Any]:
     return {"seconds": 0.0, "ms": {name: statistics.median(values[1:]) for name, values in times.items()}}
 
 
+# --- aggregates -------------------------------------------------------------------------------------------------------------
+
+
+def aggregates(folder: Path, copies: int, repeats: int) -> None:
+    """Count tables of online-retail, `copies` times over, against pandas and against reading the file."""
+    import aggregates as peers
+
+    events = peers.prepare(folder, copies)
+    rivals = ["aggregates read", "aggregates ours", *(["aggregates pandas"] if copies <= 10 else [])]
+    found = alternate(folder, rivals, repeats, set())
+    show(f"{events:,} events, count tables of users and items", found, "CPU s", lambda run: run["cpu"])
+    show("the same by the wall", found, "seconds")
+    if "aggregates pandas" in found:
+        worst = max(peers.differences(ours, theirs) for ours, theirs in zip(*list(found.values())[1:], strict=True))
+        print(f"largest relative difference to pandas on a sample of rows: {worst}")
+
+
+def aggregates_with(name: str, home: Path) -> dict[str, Any]:
+    import aggregates as peers
+
+    run: Callable[[Path], dict[str, Any]] = getattr(peers, name)
+    return run(home)
+
+
 # --- Feast ------------------------------------------------------------------------------------------------------------------
 
 
@@ -332,8 +357,11 @@ RIVALS: Final[dict[str, Callable[[Path], dict[str, Any]]]] = {
     "materialize stock-sqlite": lambda home: materialize_with(home, sqlite_of(home, "sqlite"), {"type": "local"}),
     "materialize stock-redis": lambda home: materialize_with(home, redis_of("redis"), {"type": "local"}),
     "read all": read_all,
+    "aggregates read": lambda home: aggregates_with("read", home),
+    "aggregates ours": lambda home: aggregates_with("ours", home),
+    "aggregates pandas": lambda home: aggregates_with("in_pandas", home),
 }
-PARTS: Final = {"join": join, "materialize": materialize, "read": read}
+PARTS: Final = {"join": join, "materialize": materialize, "read": read, "aggregates": aggregates}
 
 if __name__ == "__main__":
     main()

@@ -243,6 +243,27 @@ def test_no_row_knows_the_future(world: tuple[Source, list[Event]], hours: int) 
 
 
 @settings(max_examples=15, deadline=None)
+@given(worlds(), st.integers(1, 12))
+def test_key_blocks_cut_anywhere_give_one_answer(world: tuple[Source, list[Event]], events: int) -> None:
+    source, rows = world
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr("feature_repo.counts._BLOCK", events)
+        blocks = tables_of(rows, source)
+        small.setattr("feature_repo.counts._LARGEST", 1)  # (key, time) of two keys would not fit into one number
+        alone = tables_of(rows, source)
+    for view, table in tables_of(rows, source).items():
+        assert table.equals(blocks[view]), view
+        assert table.equals(alone[view]), view
+
+
+def test_values_that_are_no_whole_numbers_are_summed_key_by_key() -> None:
+    """A key's sums must not depend on what other keys there are: 1e12 beside 0.1 would cost it its digits."""
+    alone = tables_of([rating("x", 1, 0.1), rating("x", 2, 0.2)])["user_stats"]
+    beside = tables_of([rating("x", 1, 0.1), rating("x", 2, 0.2), rating("a", 1, 1e12, "abe")])["user_stats"]
+    assert beside.filter(user_id="ann")["user_mean_value"].equals(alone["user_mean_value"])
+
+
+@settings(max_examples=15, deadline=None)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_the_order_of_the_events_table_changes_nothing(world: tuple[Source, list[Event]], random: Any) -> None:
     source, events = world
