@@ -18,7 +18,7 @@ import polars as pl
 
 from feature_repo.erased import ERASED_FILE, ErasedUsers, user_hash
 from feature_repo.materialize import QUARANTINE
-from feature_repo.offline import LOCK, open_store
+from feature_repo.offline import LOCK, is_applied, open_own
 from feature_repo.store import LOCK_FILE, NEW_FOLDER, UNREADABLE, write_parquet
 from tandem.core.errors import IntegrityError
 from tandem.core.folders import held, read_json, write_json
@@ -104,9 +104,9 @@ def _count(path: Path, named: pl.Expr) -> int:
 
 
 def _strike_online(workspace: Path, user_id: str) -> dict[str, int]:
-    if not (workspace / "state" / "registry.db").is_file():
+    if not is_applied(workspace):
         return {}
-    store = open_store(workspace)
+    store = open_own(workspace)
     views = [view for view in store.list_feature_views() if view.entities == ["user"]]
     online = store.provider.online_store
     gone = {view.name: online.erase(store.config, view, [user_id]) for view in views}

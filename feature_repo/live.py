@@ -20,7 +20,7 @@ import polars as pl
 from feature_repo.aggregates import AggregateConfig, rows_since
 from feature_repo.live_snapshot import write_fresh
 from feature_repo.materialize import push_rows
-from feature_repo.offline import LOCK, open_store
+from feature_repo.offline import LOCK, open_own
 from feature_repo.sources.clean import clean_events, with_event_ids
 from feature_repo.store import (
     append_events,
@@ -172,7 +172,7 @@ class EventGate:
         return events, refused
 
     def _update(self, rows: dict[str, pl.DataFrame], now: datetime) -> None:
-        self._store = store = self._store or open_store(self._workspace)
+        self._store = store = self._store or open_own(self._workspace)
         for view in read_views(self._workspace / "features"):
             if view.name in rows:
                 push_rows(store, self._workspace, view, rows[view.name].select(*view.columns), now)

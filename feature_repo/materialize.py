@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import polars as pl
 
-from feature_repo.offline import LOCK, check_applied, open_store, quiet
+from feature_repo.offline import LOCK, check_applied, open_own, open_store, quiet, reaching_registry
 from feature_repo.snapshot import write_snapshot
 from feature_repo.views import MAX_AHEAD, TIMESTAMP, ViewSchema, read_views, view_named
 from tandem.core.errors import IncompatibleError, InputError
@@ -72,11 +72,11 @@ def materialize(
     now = datetime.now(UTC)
     end = min(until or now, now + MAX_AHEAD)
     views = read_views(workspace / "features")
-    with held(workspace / LOCK, "features materialize"):
+    with held(workspace / LOCK, "features materialize"), reaching_registry(workspace):
         sweep_partials(workspace / "snapshot")
         _check_tables(workspace, views)
         ahead = {view.name: _quarantine_table(workspace, view, now) for view in views}
-        store = open_store(workspace)
+        store = open_own(workspace)
         if progress:
             store.provider.batch_engine.progress = _Counting(workspace, views, progress)
         written = _through_feast(store, views, since or BEGINNING, end)
@@ -108,7 +108,7 @@ def push(workspace: Path, view: str, frame: pl.DataFrame) -> ViewCounts:
     schema = view_named(read_views(workspace / "features"), view)
     rows = _conform(frame, schema)
     with held(workspace / LOCK, f"features push {view}"):
-        return push_rows(open_store(workspace), workspace, schema, rows, datetime.now(UTC))
+        return push_rows(open_own(workspace), workspace, schema, rows, datetime.now(UTC))
 
 
 def push_rows(store: FeatureStore, workspace: Path, schema: ViewSchema, rows: pl.DataFrame, now: datetime) -> ViewCounts:
@@ -129,7 +129,7 @@ def push_rows(store: FeatureStore, workspace: Path, schema: ViewSchema, rows: pl
 
 def forget(workspace: Path) -> int:
     """Empty every online view; for when imported data were replaced, since newer rows of the old data would win for ever."""
-    store = open_store(workspace)
+    store = open_own(workspace)
     with held(workspace / LOCK, "features forget"):
         return sum(store.provider.online_store.clear(store.config, view) for view in store.list_feature_views())
 

@@ -102,6 +102,10 @@ class NewestOnlineStore(ABC):
     def erase(self, config: RepoConfig, view: FeatureView, ids: Sequence[str]) -> int:
         """Forget these entities of a view; returns how many there were."""
 
+    def claim(self, config: RepoConfig, owner: str) -> str | None:
+        """Leave a workspace's mark where there is none; returns the one that stands, None where the store needs none."""
+        return None
+
     def scrub(self, config: RepoConfig) -> None:
         """See to it that what was erased cannot be read from the store's files either, where those are ours."""
         return

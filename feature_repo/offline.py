@@ -1,8 +1,9 @@
 """The workspace's Feast store: open it, apply the definitions, and build training frames that see no event at or after their own.
 
 In: a workspace with `features/schema.json` and the offline tables; entity frames [user_id?, item_id?, event_timestamp].
-Out: `state/registry.db`, `state/online.db`, a `feature_store.yaml` and `definitions.py` of the workspace's own (so that Feast's
-commands work there), and point-in-time frames. Feast is imported when a function needs it: that costs seconds.
+Out: Feast's registry and online store (by default `state/registry.db` and `state/online.db`), a `feature_store.yaml` and a
+`definitions.py` of the workspace's own (so that Feast's commands work there), and point-in-time frames. Feast is imported when a
+function needs it: that costs seconds.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, urlsplit
 
 import polars as pl
 
-from feature_repo.online_config import OnlineConfig, sqlite_section
+from feature_repo.online_config import OnlineConfig, registry_path, sqlite_section
+from feature_repo.owner import claim
 from feature_repo.views import TIMESTAMP, ViewSchema, read_views, view_named
-from tandem.core.errors import IncompatibleError, InputError
+from tandem.core.errors import IncompatibleError, InputError, UnavailableError
 from tandem.core.folders import held, write_text
 
 if TYPE_CHECKING:
@@ -46,10 +49,38 @@ def open_store(workspace: Path, read_timeout_ms: int | None = None) -> FeatureSt
 
     home = workspace.resolve()
     (home / "state").mkdir(parents=True, exist_ok=True)
-    online = _expanded(_online_section(home))
+    online, registry = _expanded(_online_section(home)), _expanded(_registry_section(home))
     if read_timeout_ms is not None and online["type"] != sqlite_section(home)["type"]:
         online |= {"read_timeout_ms": read_timeout_ms}
-    return FeatureStore(config=RepoConfig(**_settings(home, online), repo_path=home))
+    store = FeatureStore(config=RepoConfig(**_settings(home, online, registry), repo_path=home))
+    with reaching_registry(workspace):
+        _ = store.registry  # Feast connects at the first look
+    return store
+
+
+def open_own(workspace: Path) -> FeatureStore:
+    """`open_store` for whoever writes. Raises IncompatibleError when a server that it would write to is another workspace's."""
+    store = open_store(workspace)
+    with reaching_registry(workspace):
+        claim(store, workspace)
+    return store
+
+
+@contextlib.contextmanager
+def reaching_registry(workspace: Path) -> Iterator[None]:
+    """Raise UnavailableError when Feast's registry does not answer within the block."""
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except OperationalError as error:
+        where = urlsplit(_registry_section(workspace.resolve())["path"]).hostname or "state/registry.db"
+        raise UnavailableError(f"Feast's registry ({where}) does not answer; try again later") from error
+
+
+def is_applied(workspace: Path) -> bool:
+    """Were definitions ever applied, here or by Feast's own command?"""
+    return (workspace / _YAML).is_file() or (workspace / "state" / "registry.db").is_file()
 
 
 def apply(workspace: Path, online: OnlineConfig | None = None) -> tuple[str, ...]:
@@ -61,9 +92,10 @@ def apply(workspace: Path, online: OnlineConfig | None = None) -> tuple[str, ...
     from feast.repo_operations import apply_total_with_repo_instance
 
     views = read_views(workspace / "features")
-    with held(workspace / LOCK, "features apply"), quiet():
+    with held(workspace / LOCK, "features apply"), quiet(), reaching_registry(workspace):
         write_feast_files(workspace, online)
-        store = open_store(workspace)
+        _make_registry_schema(workspace)
+        store = open_own(workspace)
         apply_total_with_repo_instance(store, PROJECT, store.registry, _contents(views), skip_source_validation=False)
     return tuple(view.name for view in views)
 
@@ -104,7 +136,8 @@ def write_feast_files(workspace: Path, online: OnlineConfig | None = None) -> No
 
     home = workspace.resolve()
     section = _online_section(home) if online is None else online.section(home)
-    write_text(home / _YAML, _YAML_HEAD + yaml.safe_dump(_settings(home, section), sort_keys=False))
+    registry = _registry_section(home) if online is None else _registry(home, registry_path(online.registry))
+    write_text(home / _YAML, _YAML_HEAD + yaml.safe_dump(_settings(home, section, registry), sort_keys=False))
     write_text(home / "definitions.py", _DEFINITIONS)
 
 
@@ -119,12 +152,49 @@ def quiet() -> Iterator[None]:
         _log.debug("feast: %s", text.getvalue())
 
 
-def _online_section(home: Path) -> dict[str, Any]:
-    """`online_store` as the workspace was applied with it; a SQLite file moves with the workspace."""
+def _applied_with(home: Path, section: str) -> dict[str, Any]:
+    """A section of the workspace's own `feature_store.yaml`; empty before the first apply."""
     import yaml
 
     path = home / _YAML
-    chosen = yaml.safe_load(path.read_text(encoding="utf-8")).get("online_store", {}) if path.is_file() else {}
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")).get(section, {}) if path.is_file() else {}
+    return found
+
+
+def _registry_section(home: Path) -> dict[str, Any]:
+    """`registry` as the workspace was applied with it; a SQLite file moves with the workspace."""
+    path = str(_applied_with(home, "registry").get("path", ""))
+    return _registry(home, "" if path.startswith("sqlite") else path)
+
+
+def _registry(home: Path, path: str) -> dict[str, Any]:
+    return {
+        "registry_type": "sql",
+        "path": path or f"sqlite:///{home / 'state' / 'registry.db'}",
+        "cache_ttl_seconds": 60,
+        "serve_features_while_materializing": True,
+    } | ({"sqlalchemy_config_kwargs": {"echo": False, "pool_pre_ping": True}} if path else {})
+
+
+def _make_registry_schema(workspace: Path) -> None:
+    """Feast makes its tables, but not the schema that they lie in."""
+    path = _expanded(_registry_section(workspace.resolve()))["path"]
+    if path.startswith("sqlite"):
+        return
+    from sqlalchemy import create_engine, text
+
+    schema = dict(parse_qsl(urlsplit(path).query))["options"].removeprefix("-csearch_path=")
+    engine = create_engine(path)
+    try:
+        with engine.begin() as conn:
+            conn.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
+    finally:
+        engine.dispose()
+
+
+def _online_section(home: Path) -> dict[str, Any]:
+    """`online_store` as the workspace was applied with it; a SQLite file moves with the workspace."""
+    chosen = _applied_with(home, "online_store")
     default = sqlite_section(home)
     return default if chosen.get("type", default["type"]) == default["type"] else chosen
 
@@ -134,21 +204,16 @@ def _expanded(section: dict[str, Any]) -> dict[str, Any]:
     found = {name: os.path.expandvars(value) if isinstance(value, str) else value for name, value in section.items()}
     unset = [name for name, value in found.items() if isinstance(value, str) and "${" in value]
     if unset:
-        raise InputError(f"online store: {unset} name an environment variable that is not set; set it, or write the value")
+        raise InputError(f"online: {unset} name an environment variable that is not set; set it, or write the value")
     return found
 
 
-def _settings(home: Path, online: dict[str, Any]) -> dict[str, Any]:
+def _settings(home: Path, online: dict[str, Any], registry: dict[str, Any]) -> dict[str, Any]:
     """What `feature_store.yaml` says, for the workspace at the absolute path `home`."""
     return {
         "project": PROJECT,
         "provider": "local",
-        "registry": {
-            "registry_type": "sql",
-            "path": f"sqlite:///{home / 'state' / 'registry.db'}",
-            "cache_ttl_seconds": 60,
-            "serve_features_while_materializing": True,
-        },
+        "registry": registry,
         "online_store": online,
         "offline_store": {"type": "feature_repo.polars_store.PolarsOfflineStore", "root": str(home)},
         "batch_engine": {"type": "feature_repo.engine.PolarsComputeEngine"},

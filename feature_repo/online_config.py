@@ -15,6 +15,8 @@ from tandem.core.errors import InputError
 
 _REDIS: Final = {"redis": False, "rediss": True}
 _POSTGRES: Final = ("postgresql", "postgres")
+REGISTRY_TIMEOUT_S: Final = 5
+_HELP_REGISTRY: Final = "write postgresql://user:password@host:port/database?schema=…"
 _HELP: Final = "write redis://[:password@]host:port/db, rediss://… or postgresql://user:password@host:port/database?schema=…"
 
 
@@ -22,14 +24,17 @@ _HELP: Final = "write redis://[:password@]host:port/db, rediss://… or postgres
 class OnlineConfig:
     """`url` empty: `state/online.db` in the workspace; else `redis://…`, `rediss://…` or `postgresql://…`.
 
-    One Redis database or PostgreSQL schema holds one workspace. Raises InputError for any other URL.
+    `registry` is where Feast keeps its definitions, empty: `state/registry.db`, else `postgresql://…`. One Redis database or
+    PostgreSQL schema holds one workspace. Raises InputError for any other URL.
     """
 
     url: str = ""
+    registry: str = ""
 
     def __post_init__(self) -> None:
         if self.url:
             _section(self.url)
+        registry_path(self.registry)
 
     def section(self, home: Path) -> dict[str, Any]:
         """`online_store` for the workspace at the absolute path `home`."""
@@ -39,6 +44,24 @@ class OnlineConfig:
 def sqlite_section(home: Path) -> dict[str, Any]:
     """The default: a file of the workspace."""
     return {"type": "feature_repo.sqlite_store.NewestSqliteOnlineStore", "path": str(home / "state" / "online.db")}
+
+
+def registry_path(url: str) -> str:
+    """SQLAlchemy's URL of Feast's registry; empty stays empty. A server that does not answer is given up after some seconds."""
+    if not url:
+        return ""
+    address = urlsplit(url)
+    if address.scheme not in _POSTGRES or not address.hostname or not address.path.strip("/"):
+        raise InputError(f"online.registry begins with {address.scheme or 'nothing'!r} or lacks a part; {_HELP_REGISTRY}")
+    options = dict(parse_qsl(address.query))
+    unknown = set(options) - {"schema", "sslmode"}
+    if unknown:
+        raise InputError(f"online.registry has unknown options {sorted(unknown)}; there are schema and sslmode")
+    schema = options.get("schema", "public")
+    if not schema.replace("_", "").isalnum():
+        raise InputError(f"online.registry names the schema {schema!r}; use letters, digits and underscores")
+    query = f"options=-csearch_path%3D{schema}&connect_timeout={REGISTRY_TIMEOUT_S}&sslmode={options.get('sslmode', 'prefer')}"
+    return address._replace(scheme="postgresql+psycopg", query=query).geturl()
 
 
 def _section(url: str) -> dict[str, Any]:

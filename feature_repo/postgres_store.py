@@ -43,6 +43,7 @@ from feature_repo.newest import (
     keys_of,
     microseconds,
 )
+from feature_repo.owner import CREATE, TABLE
 from tandem.core.errors import IntegrityError, UnavailableError
 
 _Result = TypeVar("_Result")
@@ -100,6 +101,17 @@ class NewestPostgresOnlineStore(NewestOnlineStore, PostgreSQLOnlineStore):  # ty
         with self._transaction(config) as cursor:
             entities, newest = cast(tuple[int, datetime | None], cursor.execute(query).fetchone())
         return entities, None if newest is None else newest.astimezone(UTC)
+
+    def claim(self, config: RepoConfig, owner: str) -> str | None:
+        """The mark is a row of a table in the schema, for one schema holds one workspace."""
+        insert = "INSERT INTO {} (project, owner) VALUES (%s, %s) ON CONFLICT DO NOTHING"
+        with self._transaction(config) as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [TABLE])  # two may create it at once
+            cursor.execute(SQL("CREATE SCHEMA IF NOT EXISTS {}").format(Identifier(config.online_store.db_schema)))
+            cursor.execute(SQL(CREATE))
+            cursor.execute(SQL(insert).format(Identifier(TABLE)), [config.project, owner])
+            query = SQL("SELECT owner FROM {} WHERE project = %s").format(Identifier(TABLE))
+            return str(cast(tuple[str], cursor.execute(query, [config.project]).fetchone())[0])
 
     def store_newest(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
         """In one transaction: an error leaves nothing changed."""

@@ -38,6 +38,7 @@ from feature_repo.newest import (
     keys_of,
     moment_of,
 )
+from feature_repo.owner import TABLE
 from feature_repo.value_bytes import content_of, joined, timestamp_column
 from tandem.core.errors import IncompatibleError, IntegrityError
 
@@ -89,6 +90,13 @@ class NewestRedisOnlineStore(NewestOnlineStore, RedisOnlineStore):  # type: igno
         """How many entities a view holds, and the newest event time among them; looks at every key."""
         times = [when for keys in self._scan(config, view) for when in self._times(config, view, keys) if when is not None]
         return len(times), moment_of(max(times)) if times else None
+
+    def claim(self, config: RepoConfig, owner: str) -> str | None:
+        """The mark is a key of the database, for one database holds one workspace."""
+        client, key = self._redis(config), f"{TABLE}:{config.project}"
+        client.set(key, owner, nx=True)
+        found: Any = client.get(key)
+        return None if found is None else bytes(found).decode()
 
     def store_newest(self, config: RepoConfig, view: FeatureView, rows: NewestRows) -> Written:
         """What was stored before an error stays, and is the same after the next run."""

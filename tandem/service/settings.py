@@ -233,6 +233,7 @@ DEFAULT: Final = """\
 
 [online]
 # url = "redis://localhost:6379/0"   # or postgresql://…; empty: a SQLite file of this workspace
+# registry = "postgresql://…"         # where Feast keeps its definitions; empty: a SQLite file, too
 
 [events]
 # per_user_per_day = 5000       # how many single events of one user are taken; 0: all

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from feature_repo.erased import ErasedUsers
 from feature_repo.live_snapshot import LiveSnapshot
-from feature_repo.online import UserReader
+from feature_repo.online import UserReader, UserRow
 from feature_repo.served import ServedLog, view_versions
 from feature_repo.store import load_events, load_source
 from feature_repo.views import read_views
@@ -23,13 +24,13 @@ from registry.release import release_folder, verify_release
 from registry.store import ReleaseStore
 from retrieval.encoder import TextEncoder
 from retrieval.retriever import Retriever
-from tandem.core.errors import IncompatibleError, NotFoundError
+from tandem.core.errors import IncompatibleError, NotFoundError, UnavailableError
 from tandem.core.folders import read_json
 from tandem.service.assemble import Assembler
 from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
 from tandem.service.learn import open_assembler
-from tandem.service.recommend import Parts, Recommender
+from tandem.service.recommend import Parts, Recommender, UserRows
 from tandem.service.settings import EncoderSettings, Settings
 from tandem.service.texts import ADAPTER, text_encoder
 
@@ -68,7 +69,7 @@ def _in_workspace(
             ranker=ranker,
             assembler=open_assembler(settings, retriever),
             items=LiveSnapshot(settings.workspace / "snapshot", retriever.item_ids),
-            users=GuardedUsers(UserReader(settings.workspace, read_timeout_ms=USER_READ_MS)),
+            users=GuardedUsers(open_users(settings.workspace)),
             seen=SeenInEvents(settings.data),
             encode=LazyEncoder(folder, settings),
             log=log,
@@ -134,6 +135,43 @@ def check_views(settings: Settings, folder: Path) -> None:
                 f"{folder.name} was built on view {name} version {facts['version']} with {facts['features']}, "
                 f"but the workspace has {own}; build the features again, or create a new release"
             )
+
+
+def open_users(workspace: Path) -> UserRows:
+    """Users' rows; when Feast's registry does not answer now, those of nobody, until it does."""
+
+    def opened() -> UserRows:
+        return UserReader(workspace, read_timeout_ms=USER_READ_MS)
+
+    try:
+        return opened()
+    except UnavailableError:
+        return LateUsers(opened)
+
+
+class LateUsers:
+    """User rows that could not be opened at start. A read fails at once, and lets a thread try to open them."""
+
+    def __init__(self, opened: Callable[[], UserRows]) -> None:
+        self._opened = opened
+        self._trying = threading.Lock()
+        self._users: UserRows | None = None
+
+    def read(self, user_ids: Sequence[str]) -> list[UserRow]:
+        """Raises UnavailableError while the registry does not answer."""
+        if self._users is not None:
+            return self._users.read(user_ids)
+        if self._trying.acquire(blocking=False):
+            threading.Thread(target=self._try, name="open user features", daemon=True).start()
+        raise UnavailableError("user features could not be opened at start; they are tried again")
+
+    def _try(self) -> None:
+        try:
+            self._users = self._opened()
+        except UnavailableError:
+            return
+        finally:
+            self._trying.release()
 
 
 class SeenInEvents:

@@ -1,8 +1,8 @@
-"""`features.py aggregates`: the count tables of online-retail, many times over, against the same figures in pandas and a mere read.
+"""`features.py aggregates`: count tables of online-retail, many times over, against the same figures in pandas and a mere read.
 
-In: `data/online-retail` beside the project, copied with users of their own and times some minutes apart (items are shared, so their
-histories grow). Out: seconds, memory, and the largest difference between the two answers on a sample. Histories are left out: at
-100 entries a row they are a hundred times the events, for anybody.
+In: `data/online-retail` beside the project, copied with users of their own and times some minutes apart; items are shared, so
+their histories grow. Out: seconds, memory, and the largest difference between the two answers on a sample. The table of histories
+is left out: at 100 entries a row it is a hundred times the events, for anybody.
 """
 
 from __future__ import annotations

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -44,3 +48,55 @@ def postgres_url() -> Iterator[str]:
     yield f"{POSTGRES}?schema={schema}"
     with psycopg.connect(POSTGRES, autocommit=True) as conn:
         conn.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+
+class Wire:
+    """A TCP connection to a real server that can go dead (bytes are taken, nothing comes back) or slow (`delay_s` a piece)."""
+
+    def __init__(self, url: str) -> None:
+        address = urlsplit(url)
+        self._target = (address.hostname or "127.0.0.1", address.port or 0)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        who, at, _ = address.netloc.rpartition("@")
+        self.url = address._replace(netloc=f"{who}{at}127.0.0.1:{self._listener.getsockname()[1]}").geturl()
+        self.connections, self.delay_s, self.alive = 0, 0.0, threading.Event()
+        self.alive.set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            far = socket.create_connection(self._target)
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                self.alive.wait()
+                time.sleep(self.delay_s)
+                sink.sendall(data)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def wire_to() -> Iterator[Callable[[str], Wire]]:
+    """Makes wires to servers; `url` is the server's address by way of the wire."""
+    wires: list[Wire] = []
+
+    def make(url: str) -> Wire:
+        wires.append(Wire(url))
+        return wires[-1]
+
+    yield make
+    for wire in wires:
+        wire.alive.set()
+        wire.close()

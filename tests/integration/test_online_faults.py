@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -25,41 +24,6 @@ from tandem.service.settings import Settings, load_settings
 from tandem.service.wiring import open_recommender
 
 
-class Wire:
-    """A TCP connection to a real server that can go dead (bytes are taken, nothing comes back) or slow (`delay_s` a piece)."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.connections, self.delay_s, self.alive = 0, 0.0, threading.Event()
-        self.alive.set()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            far = socket.create_connection(self._target)
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                self.alive.wait()
-                time.sleep(self.delay_s)
-                sink.sendall(data)
-        except OSError:
-            return
-
-    def close(self) -> None:
-        self._listener.close()
-
-
 @pytest.fixture(params=["redis", "postgres"])
 def server_url(request: pytest.FixtureRequest) -> str:
     """An online store of its own on a real server."""
@@ -68,21 +32,16 @@ def server_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def wire(server_url: str) -> Iterator[Wire]:
-    address = urlsplit(server_url)
-    wire = Wire(address.hostname or "127.0.0.1", address.port or 6379)
-    yield wire
-    wire.alive.set()
-    wire.close()
+def wire(server_url: str, wire_to: Callable[[str], Any]) -> Any:
+    """The way to that server, which can go dead or slow."""
+    return wire_to(server_url)
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_workspace: Path, wire: Wire, server_url: str) -> Settings:
+def settings(tmp_path: Path, tiny_workspace: Path, wire: Any, server_url: str) -> Settings:
     """The tiny world, its users on a server behind the wire."""
     workspace = Path(shutil.copytree(tiny_workspace, tmp_path / "workspace"))
-    address = urlsplit(server_url)
-    who, _, _ = address.netloc.rpartition("@")
-    apply(workspace, OnlineConfig(address._replace(netloc=f"{who}@127.0.0.1:{wire.port}".removeprefix("@")).geturl()))
+    apply(workspace, OnlineConfig(wire.url))
     materialize(workspace)
     return load_settings(workspace, {"TANDEM_SERVICE__BUDGET_MS": "60000"})  # on a busy machine, too
 
@@ -106,7 +65,7 @@ BUSY_MS = 8000
 """Limits are 30 ms a view; a machine that does other work, too, may take this long."""
 
 
-def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommender, wire: Wire, user: str) -> None:
+def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommender, wire: Any, user: str) -> None:
     known = served.recommend(Ask(user_id=user))
     assert (known.degraded, known.cold_start) == ((), False)
 
@@ -128,7 +87,7 @@ def test_a_store_that_hangs_costs_one_time_limit_and_comes_back(served: Recommen
     assert (again.degraded, again.cold_start) == ((), False)
 
 
-def test_a_store_that_became_slow_piles_up_no_threads(served: Recommender, wire: Wire, user: str) -> None:
+def test_a_store_that_became_slow_piles_up_no_threads(served: Recommender, wire: Any, user: str) -> None:
     """Each piece of an answer takes two seconds, while sixteen ask at once."""
     served.recommend(Ask(user_id=user))
     threads = threading.active_count()
@@ -142,14 +101,14 @@ def test_a_store_that_became_slow_piles_up_no_threads(served: Recommender, wire:
     assert threading.active_count() <= threads + carriers + 1
 
 
-def test_a_store_that_is_gone_is_no_reason_to_fail(served: Recommender, wire: Wire, user: str) -> None:
+def test_a_store_that_is_gone_is_no_reason_to_fail(served: Recommender, wire: Any, user: str) -> None:
     wire.alive.clear()
     wire.close()
     slate = served.recommend(Ask(user_id=user))
     assert (slate.degraded, len(slate.items)) == (LOST, 10)
 
 
-def test_the_service_stays_ready_and_counts_what_it_lost(settings: Settings, wire: Wire, user: str) -> None:
+def test_the_service_stays_ready_and_counts_what_it_lost(settings: Settings, wire: Any, user: str) -> None:
     with TestClient(create_app(settings), "http://127.0.0.1") as client:
         assert client.post("/v1/recommend", json={"user_id": user}).json()["degraded"] == []
         wire.alive.clear()

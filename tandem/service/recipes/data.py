@@ -52,7 +52,9 @@ def simulate(settings: Settings, users: int, items: int, days: int, seed: int) -
 
 def _forget_online(settings: Settings, replaced: bool) -> None:
     """After starting over, empty the online store: otherwise newer rows of the old data would win for ever."""
-    if replaced and (settings.state / "registry.db").exists():
+    from feature_repo.offline import is_applied
+
+    if replaced and is_applied(settings.workspace):
         from feature_repo.materialize import forget
 
         forget(settings.workspace)
