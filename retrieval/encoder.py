@@ -258,13 +258,24 @@ def _load_transformer(folder: Path, model: str, dtype: str, device: str) -> tupl
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", **options)
-        network = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+        network = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"model {model!r} does not load: {str(error).splitlines()[0][:300]}; fetch it again or use 'minilm'"
         ) from error
     network.config.use_cache = False
-    return tokenizer, network.eval().to(device)
+    return tokenizer, _in_dtype(network, getattr(torch, dtype)).eval().to(device)
+
+
+def _in_dtype(network: Any, dtype: Any) -> Any:
+    """The network with parameters of `dtype`.
+
+    Asked for another dtype than torch's default, transformers changes that default while it loads, and all threads share it: a
+    request that is answered meanwhile, or another release that is loaded, would get tensors of the wrong kind.
+    """
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return network
 
 
 def _merged(network: Any, adapter: Path) -> Any:

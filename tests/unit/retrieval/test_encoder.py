@@ -156,6 +156,24 @@ def test_bfloat16_points_the_same_way_as_float32(minilm: TextEncoder) -> None:
     assert (rough.encode(TEXTS) * minilm.encode(TEXTS)).sum(axis=1).min() > 0.995
 
 
+def test_loading_leaves_the_default_type_of_other_threads_tensors_alone(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service loads a model while it answers; torch has one default type for all threads."""
+    import torch
+
+    changed: list[torch.dtype] = []
+    change = torch.set_default_dtype
+
+    def noted(dtype: torch.dtype) -> None:
+        changed.append(dtype)
+        change(dtype)
+
+    monkeypatch.setattr(torch, "set_default_dtype", noted)
+    encoder = TextEncoder(str(bert), dtype="bfloat16")
+    assert encoder.encode(["a wooden toy"]).shape[0] == 1
+    assert {parameter.dtype for parameter in encoder._load()[1].parameters()} == {torch.bfloat16}
+    assert set(changed) <= {torch.float32}
+
+
 def test_a_second_run_encodes_nothing_and_gives_the_same_bits(bert: Path, tmp_path: Path) -> None:
     first, seen = TextEncoder(str(bert), cache=tmp_path), []
     vectors = first.encode([*TEXTS, *TEXTS], progress=lambda done, total: seen.append((done, total)))
