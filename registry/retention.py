@@ -34,9 +34,13 @@ class Pruned:
     left: tuple[Path, ...]
 
 
-def reasons_to_keep(newest_first: Sequence[str], pinned: Sequence[str], challenger: str | None, keep: int) -> dict[str, str]:
-    """Name -> why it stays: the champion and those before it, the challenger, and the newest `keep` of the others."""
+def reasons_to_keep(
+    newest_first: Sequence[str], pinned: Sequence[str], challenger: str | None, keep: int, in_experiment: str | None = None
+) -> dict[str, str]:
+    """Name -> why it stays: the champion, those before it, the one in an experiment, the challenger, the newest `keep` others."""
     reasons = {name: "live" if number == 0 else "live before" for number, name in enumerate(pinned)}
+    if in_experiment is not None:
+        reasons.setdefault(in_experiment, "in an experiment")
     if challenger is not None:
         reasons.setdefault(challenger, "challenger")
     others = [name for name in newest_first if name not in reasons]
@@ -60,7 +64,9 @@ def prune(
         with store.work() as work:
             work.champion(held=True)
             newest_first = [release.name for release in reversed(work.list())]
-            kept = reasons_to_keep(newest_first, work.pinned(), work.challenger(), keep)
+            stage = work.experiments.open(held=True)
+            tried = stage.experiment.challenger if stage else None
+            kept = reasons_to_keep(newest_first, work.pinned(), work.challenger(), keep, tried)
             gone = tuple(work.delete(name).name for name in newest_first if name not in kept)
             work.commit()
         return _removed(store, releases, kept, gone, after, artifacts)

@@ -22,9 +22,11 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from registry.database import BUSY_MILLISECONDS, open_engine, open_tables
+from registry.experiments import ExperimentKind, Experiments, Stage, check_said
 from registry.places import located, stored
 from registry.release import Manifest
 from registry.tables import ChampionRow, GateRow, PromotionRow, ReleaseRow
+from registry.traffic import Traffic
 from tandem.core.errors import BusyError, ConflictError, GateRefusedError, InputError, NotFoundError, UnavailableError
 
 ADD_STEPS: Final = ("added", "committed")
@@ -102,6 +104,8 @@ class Work:
         self._releases = releases
         self._clock = clock
         self._after = after
+        self.experiments = Experiments(session, clock)
+        self.traffic = Traffic(session)
 
     def commit(self) -> None:
         """Make everything done so far last, at once."""
@@ -155,13 +159,15 @@ class Work:
     def delete(self, name: str) -> Release:
         """Forget a release; its history stays. Remove the folder after the commit: `retention.py` does both.
 
-        ConflictError for the live one and for those that a rollback may need (`pinned`).
+        ConflictError for the live one, for those that a rollback may need (`pinned`), and for one in the open experiment.
         """
         champion = self.champion(held=True)
         if champion.name == name:
             raise ConflictError(f"release {name!r} is live since {_at(champion.since)}; promote or roll back to another first")
         if name in self.pinned():
             raise ConflictError(f"release {name!r} was live just before {champion.name!r}, and a rollback may need it; keep it")
+        if (stage := self.experiments.uses(name)) is not None:
+            raise ConflictError(f"release {name!r} is in the open experiment {stage.experiment.name!r}; stop that one first")
         row = self._row(name)
         row.deleted_at = self._clock()
         self._session.flush()
@@ -172,6 +178,20 @@ class Work:
         """All releases that were deleted, oldest first."""
         rows = select(ReleaseRow).where(ReleaseRow.deleted_at.is_not(None)).order_by(ReleaseRow.created_at, ReleaseRow.name)
         return tuple(self._release(row) for row in self._session.scalars(rows))
+
+    def start_experiment(
+        self, challenger: str, kind: ExperimentKind, percent: float, *, who: str, why: str, name: str | None = None
+    ) -> Stage:
+        """Let `challenger` answer beside the champion, for `percent` of the users; the name is made up unless given.
+
+        Raises ConflictError when an experiment is open or the name was used, InputError without a champion or for itself.
+        """
+        champion = self.champion(held=True)
+        if champion.name is None or champion.name == challenger:
+            live = "nothing is live" if champion.name is None else f"{challenger!r} is live itself"
+            raise InputError(f"an experiment needs a champion and another release, but {live}")
+        self._row(challenger)
+        return self.experiments.start(challenger, champion.name, kind, percent, name, who, why)
 
     def champion(self, *, held: bool = False) -> Champion:
         """The live release. `held`: it stays the live one until this transaction ends."""
@@ -232,19 +252,28 @@ class Work:
             self._check_gate(gate, name, expected, forced)
         return self._flip("forced" if forced else "promote", name, expected, version, who, why, gate)
 
-    def rollback(self, to: str | None = None, *, expected: str | None, who: str, why: str) -> Promotion:
+    def rollback(
+        self, to: str | None = None, *, expected: str | None, who: str, why: str, version: int | None = None
+    ) -> Promotion:
         """Go back to `to`, or to the champion before `expected`; twice goes back twice. Needs no gate: it was live before.
+
+        `version`, where given, must be the champion's too: of many that go back from the same promotion, one does.
 
         Raises ConflictError when `expected` is not live, NotFoundError when there is nothing to go back to, InputError when `to`
         was never live.
         """
         self._after("begun")
-        self._champion_row(lock=True)
+        live = self._champion_row(lock=True)
+        if version not in (None, live.version):
+            raise ConflictError(
+                f"the promotion of {expected!r} that was to be undone (change {version}) is over: {live.name!r} is live since "
+                f"{_at(live.since)} (change {live.version})"
+            )
         if to is None:
             to = self.previous()
         elif to not in {line.name for line in self.history()}:
             raise InputError(f"release {to!r} was never live, so there is no going back to it; use `tandem release promote {to}`")
-        return self._flip("rollback", to, expected, None, who, why, None)
+        return self._flip("rollback", to, expected, version, who, why, None)
 
     def previous(self) -> str:
         """The release that a rollback would go back to, or NotFoundError. Verify its folder before going there."""
@@ -281,9 +310,7 @@ class Work:
     def _flip(
         self, kind: str, name: str, expected: str | None, version: int | None, who: str, why: str, gate: int | None
     ) -> Promotion:
-        for value, what in ((who, "who"), (why, "why")):
-            if not value.strip():
-                raise InputError(f"{kind} of {name!r} needs {what}: the history must say it")
+        check_said(who, why, f"{kind} of {name!r}")
         before = self._champion_row(lock=True)  # from here on no other flip and no delete comes between
         self._row(name)
         self._after("checked")
@@ -297,6 +324,7 @@ class Work:
         )
         self._session.add(row)
         self._session.flush()
+        self.experiments.champion_changed(name, who, why)
         self._after("recorded")
         return _promotion(row)
 
@@ -473,10 +501,12 @@ class ReleaseStore:
             work.commit()
         return promotion
 
-    def rollback(self, to: str | None = None, *, expected: str | None, who: str, why: str) -> Promotion:
+    def rollback(
+        self, to: str | None = None, *, expected: str | None, who: str, why: str, version: int | None = None
+    ) -> Promotion:
         """`Work.rollback` in a transaction of its own."""
         with self.work() as work:
-            promotion = work.rollback(to, expected=expected, who=who, why=why)
+            promotion = work.rollback(to, expected=expected, who=who, why=why, version=version)
             work.commit()
         return promotion
 

@@ -1,7 +1,8 @@
-"""The tables in which the registry remembers: releases, gates, promotions, and the one champion.
+"""The tables in which the registry remembers: releases, gates, promotions, experiments, the one champion, the open experiment.
 
-`champion` has a single row: flipping it is the promotion. All else is history, and is only ever added to. A change here needs a
-step in `migrations/versions/`; a test compares the two.
+`champion` has a single row: flipping it is the promotion. `rollout` has a single row: the experiment that is open. `traffic`
+counts what running services answered lately. All else is history, and is only ever added to. A change here needs a step in
+`migrations/versions/`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import JSON, CheckConstraint, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-TABLES_VERSION: Final = 2
+TABLES_VERSION: Final = 3
 """Version of these tables: the newest step in `migrations/versions/`."""
 
 
@@ -97,3 +98,58 @@ class ChampionRow(Base):
     name: Mapped[str | None] = mapped_column(ForeignKey("releases.name"))
     version: Mapped[int]
     since: Mapped[datetime | None]
+
+
+class ExperimentRow(Base):
+    """An experiment that is open, or was. Its name salts who is in which arm, so it is never used twice."""
+
+    __tablename__ = "experiments"
+    number: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    challenger: Mapped[str] = mapped_column(ForeignKey("releases.name"))
+    champion: Mapped[str] = mapped_column(ForeignKey("releases.name"))
+
+
+class ExperimentChangeRow(Base):
+    """A start, another percentage, or an end. `version` is the rollout's counter after it, so none is missing or told twice."""
+
+    __tablename__ = "experiment_changes"
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    experiment: Mapped[int] = mapped_column(ForeignKey("experiments.number"), index=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    percent: Mapped[float]
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    who: Mapped[str] = mapped_column(String(256))
+    why: Mapped[str] = mapped_column(Text)
+    at: Mapped[datetime]
+
+
+class RolloutRow(Base):
+    """The single row that says which experiment is open, and for which share of the users."""
+
+    __tablename__ = "rollout"
+    __table_args__ = (CheckConstraint("id = 1", name="rollout_is_one_row"),)
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    experiment: Mapped[int | None] = mapped_column(ForeignKey("experiments.number"))
+    percent: Mapped[float]
+    version: Mapped[int]
+
+
+class TrafficRow(Base):
+    """What one process answered in ten seconds (`slot`; 0: all of an experiment), under which change of champion, in which arm.
+
+    `experiment` 0: outside of any. `latency`: requests by bin of their time, see `traffic.py`. Old slots are deleted.
+    """
+
+    __tablename__ = "traffic"
+    process: Mapped[str] = mapped_column(String(32), primary_key=True)
+    slot: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    champion: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    experiment: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    arm: Mapped[str] = mapped_column(String(16), primary_key=True)
+    requests: Mapped[int]
+    failed: Mapped[int]
+    degraded: Mapped[int]
+    dropped: Mapped[int]
+    latency: Mapped[dict[str, Any]]

@@ -26,7 +26,7 @@ from registry.migrations import BOOKS
 from registry.release import CREATE_STEPS, ReleaseFacts, create_release, verify_release
 from registry.retention import DELETE_STEPS
 from registry.store import ADD_STEPS, PROMOTE_STEPS, ReleaseStore
-from registry.tables import Base
+from registry.tables import TABLES_VERSION, Base
 from tandem.core.errors import ConflictError
 
 POSTGRES = os.environ.get("TANDEM_TEST_POSTGRES", "postgresql+psycopg://root@127.0.0.1:5432/test")
@@ -239,7 +239,7 @@ def test_killed_while_making_the_tables(run: Run, database: str, tmp_path: Path,
 def test_killed_while_upgrading_the_tables(run: Run, store: ReleaseStore, database: str, tmp_path: Path, step: str) -> None:
     first_layout(database)
     assert run("open", database, tmp_path, step) == -signal.SIGKILL
-    before, after = (1, str(tmp_path / "releases" / "a")), (2, "a")
+    before, after = (1, str(tmp_path / "releases" / "a")), (TABLES_VERSION, "a")
     assert version_and_folder(database) == (after if step == "upgraded" else before)
     assert run("open", database, tmp_path, None) == 0
     assert version_and_folder(database) == after
@@ -260,6 +260,8 @@ def first_layout(url: str) -> None:
     """Turn the tables back into what Tandem made before there were migrations: the store was opened without a releases folder."""
     engine = create_engine(url)
     with engine.begin() as connection:
+        for name in ("traffic", "rollout", "experiment_changes", "experiments"):
+            connection.execute(text(f"DROP TABLE {name}"))
         connection.execute(text(f"DROP TABLE {BOOKS}"))
         connection.execute(text("UPDATE tandem_tables SET version = 1"))
     engine.dispose()

@@ -126,6 +126,28 @@ def test_the_first_layout_is_upgraded_in_place_and_nothing_is_lost(database: str
     store.close()
 
 
+def test_tables_from_before_experiments_get_them_and_keep_their_history(database: str, engine: Engine, tmp_path: Path) -> None:
+    store = ReleaseStore(database, tmp_path / "ws" / "releases")
+    for name in ("a", "b"):
+        folder = make(tmp_path / "ws" / "releases" / name)
+        store.add(verify_release(folder), folder)
+    store.promote("a", expected=None, who="ada", why="first")
+    store.close()
+    with engine.begin() as connection:
+        for name in ("traffic", "rollout", "experiment_changes", "experiments"):
+            connection.execute(text(f"DROP TABLE {name}"))
+        connection.execute(text("UPDATE tandem_tables SET version = 2"))
+        connection.execute(text(f"UPDATE {migrations.BOOKS} SET version_num = '0002'"))
+    store = ReleaseStore(database, tmp_path / "ws" / "releases")
+    assert differences(engine) == []
+    assert [(line.name, line.who) for line in store.history()] == [("a", "ada")]
+    with store.work() as work:
+        assert work.experiments.open() is None
+        assert work.start_experiment("b", "shadow", 100, who="ada", why="a look").number == 1
+        work.commit()
+    store.close()
+
+
 def test_a_workspace_that_was_moved_before_the_upgrade_is_found_again(database: str, engine: Engine, tmp_path: Path) -> None:
     old, new = tmp_path / "old" / "releases", tmp_path / "new" / "releases"
     first_layout(engine, make(old / "a"), make(old / "b"), old / "gone")
