@@ -101,7 +101,7 @@ def test_a_damaged_champion_leaves_the_old_release_answering(
     first = serving(client)
     recipes.release_create(settings, "broken")
     weights = settings.releases / "broken" / "towers" / "towers.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    weights.write_bytes(weights.read_bytes()[:-1] + bytes([weights.read_bytes()[-1] ^ 1]))
     store = ReleaseStore(settings.registry_url, settings.releases)
     with caplog.at_level("INFO", "tandem.service"):
         store.promote("broken", expected=first, who="a test", why="its hash was not looked at")
