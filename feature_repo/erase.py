@@ -30,6 +30,7 @@ _TABLES: Final = (
     "data/new/*.parquet",
     "features/**/*.parquet",
     "served/*.parquet",
+    "shadow/*.parquet",
     f"{QUARANTINE}/**/*.parquet",
 )
 _EVALUATIONS: Final = ("models/evaluation/users.parquet", "releases/*/evaluation/users.parquet")

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -37,9 +37,17 @@ SERVED: Final[dict[str, pl.DataType]] = {
     "release": pl.String(),
     "view_versions": pl.String(),
     "features_read": pl.String(),
+    "took_ms": pl.Float64(),
+    "degraded": pl.String(),
+    "experiment": pl.String(),
+    "stage": pl.Int64(),
+    "arm": pl.String(),
+    "unit": pl.String(),
 }
 """Columns of the served-log in order; those in `REQUIRED` are never null. `view_versions` is JSON, {view: version}.
-`features_read`, in a slate's first row, is what `replay.py` holds against the as-of join. More columns may follow."""
+`features_read`, in a slate's first row, is what `replay.py` holds against the as-of join. `degraded` names fallbacks, by commas.
+While an experiment is open: its name, its stage (the change of percentage before), the arm, and a hash of whom the arm was drawn
+for. More columns may follow."""
 
 REQUIRED: Final = ("request_id", "item_id", "position", "timestamp")
 
@@ -144,13 +152,18 @@ class ServedLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def read(self) -> pl.DataFrame:
-        """All served rows, every writer's, sorted by (timestamp, request_id, position); what is buffered here is flushed first.
+    def read(self, since: datetime | None = None) -> pl.DataFrame:
+        """Served rows, every writer's, sorted by (timestamp, request_id, position); what is buffered here is flushed first.
+
+        `since`: only what was served then or later; parts that were written before are not opened.
 
         Raises IntegrityError naming a part that cannot be read.
         """
         self.flush()
-        return _read_parts(_parts(self.folder))
+        if since is None:
+            return _read_parts(_parts(self.folder))
+        later = [part for part in _parts(self.folder) if _written_at(part) >= since]
+        return _read_parts(later).filter(pl.col("timestamp") >= since)
 
     def join_events(self, events: pl.DataFrame, within: timedelta = ATTRIBUTION) -> pl.DataFrame:
         """`join_events` over everything in the log."""
@@ -284,6 +297,12 @@ def _as_served(rows: Rows) -> pl.DataFrame:
 def _parts(folder: Path) -> list[Path]:
     """Whole parts, oldest first. Names begin with the writing time, so that they sort by it."""
     return sorted(folder.glob("part-*.parquet"))
+
+
+def _written_at(part: Path) -> datetime:
+    """When a part was written: after all that it holds was served."""
+    nanoseconds = int(part.name.split("-")[1])
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC) + timedelta(milliseconds=1)
 
 
 def _read_parts(parts: Sequence[Path]) -> pl.DataFrame:

@@ -45,6 +45,7 @@ from tandem.service.filter_schemas import FiltersBody
 from tandem.service.follow import Follower
 from tandem.service.history import changes
 from tandem.service.limits import Crowd, Rates
+from tandem.service.live_traffic import LiveTraffic
 from tandem.service.problems import (
     BAD_HOST,
     BAD_KEY,
@@ -61,6 +62,7 @@ from tandem.service.problems import (
 )
 from tandem.service.recommend import Recommender, Slate
 from tandem.service.retrieve import Retrieved
+from tandem.service.rollout import Rollout
 from tandem.service.schemas import (
     ErasedAnswer,
     EventsAnswer,
@@ -77,6 +79,7 @@ from tandem.service.schemas import (
     WhyAnswer,
 )
 from tandem.service.settings import Settings
+from tandem.service.watcher import Watcher
 
 DRAIN_SECONDS: Final = 1.0
 _LAST_REQUEST_S: Final = 30.0
@@ -110,11 +113,17 @@ class Metrics:
             "tandem_features_old", "1 while the item features are older than checks.freshness", registry=self.registry
         )
         self.rows_dropped = Counter("tandem_served_rows_dropped", "Served-log rows given up", registry=self.registry)
+        self.arms = Counter(
+            "tandem_arm_requests", "Requests in an experiment", ["experiment", "arm", "outcome"], registry=self.registry
+        )
         self.ready = Gauge("tandem_ready", "1 while the service takes requests", registry=self.registry)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
+
+    def arm(self, experiment: str, arm: str, outcome: str) -> None:
+        self.arms.labels(experiment, arm, outcome).inc()
 
     def slate(self, slate: Slate | Retrieved) -> None:
         for stage, milliseconds in slate.took_ms.items():
@@ -128,11 +137,15 @@ class Service:
 
     def __init__(self, settings: Settings, recommender: Recommender | None, follow: bool) -> None:
         self.settings = settings
-        self._follower = Follower(settings, lambda: self.release, self.swap, settings.service.follow_seconds) if follow else None
         self._retired: dict[Recommender, threading.Timer] = {}
         self._dropped = self._dropped_before = 0
         self.metrics = Metrics()
         self.rates = Rates(settings.service.rate, settings.service.rate_store)
+        traffic = LiveTraffic()
+        self.rollout = Rollout(traffic, self.metrics.arm)
+        every_s, adopt = settings.service.follow_seconds, self.rollout.adopt
+        self._follower = Follower(settings, lambda: self.release, self.swap, every_s, adopt) if follow else None
+        self._watcher = Watcher(settings, self.rollout, traffic, lambda: self.release, self.retire) if follow else None
         self.phase: Phase = "starting"
         self._recommender = recommender
         self._opened_here = recommender is None
@@ -164,7 +177,7 @@ class Service:
 
     def count_dropped(self) -> None:
         """Bring the counter of rows that the served-logs gave up to what it is now."""
-        answering = [each for each in (self._recommender, *self._retired) if each is not None]
+        answering = [each for each in (self._recommender, self.rollout.challenger, *self._retired) if each is not None]
         dropped = self._dropped_before + sum(each.rows_dropped for each in answering)
         self.metrics.rows_dropped.inc(dropped - self._dropped)
         self._dropped = dropped
@@ -178,8 +191,9 @@ class Service:
         self._recommender.warm()
         self.metrics.release.labels(self._recommender.release).set(1)
         self.turn("ready")
-        if self._follower is not None:
-            self._follower.start()
+        for following in (self._follower, self._watcher):
+            if following is not None:
+                following.start()
 
     def swap(self, recommender: Recommender) -> None:
         """Let another release answer from the next request on; the old one is closed when its last request must be over."""
@@ -187,6 +201,10 @@ class Service:
         self.metrics.release.labels(old.release).set(0)
         self.metrics.release.labels(recommender.release).set(1)
         log_line("release_swapped", release=recommender.release, before=old.release)
+        self.retire(old)
+
+    def retire(self, old: Recommender) -> None:
+        """Close a release that answers no more, when its last request must be over."""
         closing = self._retired[old] = threading.Timer(_LAST_REQUEST_S, self._let_go, (old,))
         closing.daemon = True
         closing.start()
@@ -206,8 +224,14 @@ class Service:
 
     def close(self) -> None:
         self.turn("draining")
-        if self._follower is not None and self._recommender is not None:
-            self._follower.stop()
+        if self._recommender is not None:
+            for following in (self._follower, self._watcher):
+                if following is not None:
+                    following.stop()
+        challenger = self.rollout.close()
+        if challenger is not None:
+            challenger.close()
+            self._dropped_before += challenger.rows_dropped
         for old, closing in list(self._retired.items()):
             closing.cancel()
             self._let_go(old)
@@ -321,9 +345,9 @@ def recommend(body: RecommendBody, request: Request, service: Here) -> SlateAnsw
     """A slate for any mix of user, session and sentence."""
     service.checked(body.k, body.filters)
     ask = replace(body.ask(request_id_of(request.scope)), deadline=deadline(request.scope, service.settings.service.budget_ms))
-    slate = service.recommender.recommend(ask)
-    service.metrics.slate(slate)
-    return SlateAnswer.of(slate)
+    placed = service.rollout.recommend(service.recommender, ask)
+    service.metrics.slate(placed.slate)
+    return SlateAnswer.of(placed.slate, placed.experiment, placed.arm)
 
 
 @routes.post("/similar")
@@ -355,7 +379,7 @@ def erase(user_id: Annotated[Id, PathParameter()], service: Here) -> ErasedAnswe
 @routes.get("/why")
 def why(user_id: Annotated[Id, Query()], item_id: Annotated[Id, Query()], service: Here) -> WhyAnswer:
     """Which stage kept or dropped an item for a user."""
-    return WhyAnswer.of(service.recommender.why(user_id, item_id))
+    return WhyAnswer.of(service.rollout.why(service.recommender, user_id, item_id))
 
 
 @routes.get("/releases")

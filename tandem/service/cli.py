@@ -8,31 +8,20 @@ imported inside the commands, so that `--help` costs nothing.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from tandem.core.errors import GateRefusedError, InputError, TandemError
+from tandem.service.cli_experiment import experiment
+from tandem.service.command import Because, Json, Progress, failures, moment, recipe, run, settings_of, stdout_kept
 
 if TYPE_CHECKING:
     from tandem.service.outcome import Outcome
     from tandem.service.settings import Settings
-
-Progress = Callable[[str, int, int], None]
-Work = Callable[["Settings", Progress], "Outcome"]
-
-FAILED: Final = 1
-USAGE: Final = 2
-REFUSED: Final = 3
-DEBUG: Final = "TANDEM_DEBUG"
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="A recommender a team can run."
@@ -43,11 +32,10 @@ release = typer.Typer(no_args_is_help=True, help="Which release is live, and why
 app.add_typer(features, name="features")
 app.add_typer(release, name="release")
 app.add_typer(users, name="users")
+app.add_typer(experiment, name="experiment")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs on standard output.")]
 Count = Annotated[int, typer.Option("-k", "--count", min=1, help="How many items.")]
 Name = Annotated[str, typer.Argument(metavar="RELEASE", help="Name of a release, as `tandem release list` shows it.")]
-Because = Annotated[str, typer.Option("--because", help="The reason that history keeps.")]
 
 
 def main() -> NoReturn:
@@ -94,7 +82,7 @@ def import_(
         progress(f"import {path.name}", 0, 0)
         return recipes.import_source(settings, kind, path, replace)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
@@ -107,7 +95,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Fill the workspace with the built-in world, replacing what it holds."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.simulate(settings, users, items, days, seed)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.simulate(settings, users, items, days, seed)))
 
 
 # -------------------------------------------------------------------------------------------------------------- features
@@ -116,13 +104,13 @@ def simulate(
 @features.command("apply")
 def features_apply(context: typer.Context, as_json: Json = False) -> None:
     """Tell Feast what the feature views are."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_apply(settings)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.features_apply(settings)))
 
 
 @features.command("build")
 def features_build(context: typer.Context, as_json: Json = False) -> None:
     """Aggregate events into feature tables whose rows say when they became known."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_build(settings)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.features_build(settings)))
 
 
 @features.command("materialize")
@@ -139,7 +127,7 @@ def features_materialize(
 
         return recipes.features_materialize(settings, moment, progress)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @features.command("push")
@@ -149,19 +137,19 @@ def features_push(
     as_json: Json = False,
 ) -> None:
     """Take single events: kept, and in the features of their users and items at once. Each event_id counts once."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_push(settings, path)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.features_push(settings, path)))
 
 
 @features.command("check")
 def features_check(context: typer.Context, as_json: Json = False) -> None:
     """Leakage, parity online and as served, freshness, drift: one table; exit code 3 when a check fails."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.features_check(settings)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.features_check(settings)))
 
 
 @users.command("erase")
 def users_erase(context: typer.Context, user_id: Annotated[str, typer.Argument(metavar="USER")], as_json: Json = False) -> None:
     """Remove a user everywhere, and prove it by asking again."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.users_erase(settings, user_id)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.users_erase(settings, user_id)))
 
 
 # -------------------------------------------------------------------------------------------------- training, evaluation
@@ -180,7 +168,7 @@ def train(
 
         return recipes.train(settings, what, progress)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
@@ -192,7 +180,7 @@ def evaluate(context: typer.Context, as_json: Json = False) -> None:
 
         return recipes.evaluate(settings, progress)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
@@ -209,7 +197,7 @@ def retrain(
 
         return recipes.retrain(settings, because, keep, progress)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 # -------------------------------------------------------------------------------------------------------------- releases
@@ -222,25 +210,25 @@ def release_create(
     as_json: Json = False,
 ) -> None:
     """Bundle what was trained and evaluated into one immutable folder."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_create(settings, name)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_create(settings, name)))
 
 
 @release.command("list")
 def release_list(context: typer.Context, as_json: Json = False) -> None:
     """All releases, and which one is the champion."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_list(settings)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_list(settings)))
 
 
 @release.command("show")
 def release_show(context: typer.Context, name: Name, as_json: Json = False) -> None:
     """One release: its facts and figures; its files are verified by hash."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_show(settings, name)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_show(settings, name)))
 
 
 @release.command("gate")
 def release_gate(context: typer.Context, name: Name, as_json: Json = False) -> None:
     """Hold a release against the champion; exit code 3 when the gate refuses it."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_gate(settings, name)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_gate(settings, name)))
 
 
 @release.command("promote")
@@ -252,7 +240,7 @@ def release_promote(
     as_json: Json = False,
 ) -> None:
     """Make a release the champion, if it is whole and the gate lets it."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_promote(settings, name, because, force)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_promote(settings, name, because, force)))
 
 
 @release.command("rollback")
@@ -263,13 +251,13 @@ def release_rollback(
     as_json: Json = False,
 ) -> None:
     """Back to the champion before, or to a named earlier one."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_rollback(settings, to, because)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_rollback(settings, to, because)))
 
 
 @release.command("history")
 def release_history(context: typer.Context, as_json: Json = False) -> None:
     """Who made what live, when and why."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_history(settings)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_history(settings)))
 
 
 @release.command("diff")
@@ -280,7 +268,7 @@ def release_diff(
     as_json: Json = False,
 ) -> None:
     """What differs between two releases."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_diff(settings, before, after)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_diff(settings, before, after)))
 
 
 @release.command("at")
@@ -290,13 +278,13 @@ def release_at(
     as_json: Json = False,
 ) -> None:
     """What was live at a moment, on which data, who made it so and why."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_at(settings, _moment(when))))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_at(settings, moment(when))))
 
 
 @release.command("delete")
 def release_delete(context: typer.Context, name: Name, as_json: Json = False) -> None:
     """Delete a release and its folder; never the live one, nor one that a rollback may need."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_delete(settings, name)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_delete(settings, name)))
 
 
 @release.command("prune")
@@ -306,7 +294,7 @@ def release_prune(
     as_json: Json = False,
 ) -> None:
     """Keep the champion, the two before it, the challenger and the newest others; delete the rest."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.release_prune(settings, keep)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.release_prune(settings, keep)))
 
 
 # ------------------------------------------------------------------------------------------------------------- questions
@@ -330,7 +318,7 @@ def recommend(
 
         return ask(settings, user, query, k, tuple(session or ()), tuple(category or ()), tuple(exclude or ()))
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
@@ -342,7 +330,7 @@ def similar(context: typer.Context, item: Annotated[str, typer.Argument()], k: C
 
         return ask(settings, item, k)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
@@ -354,7 +342,7 @@ def search(context: typer.Context, text: Annotated[str, typer.Argument()], k: Co
 
         return ask(settings, None, text, k)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
@@ -368,13 +356,13 @@ def why(
 
         return ask(settings, user, item)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
 def status(context: typer.Context, as_json: Json = False) -> None:
     """What the workspace holds, and what to do next."""
-    _run(context, as_json, _recipe(lambda settings, recipes: recipes.status(settings)))
+    run(context, as_json, recipe(lambda settings, recipes: recipes.status(settings)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the two ends
@@ -395,7 +383,7 @@ def demo(
 
         return run_demo(settings, kind, size, data, progress)
 
-    _run(context, as_json, work)
+    run(context, as_json, work)
 
 
 @app.command()
@@ -407,122 +395,16 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Answer over HTTP from the champion."""
-    with _failures(), _stdout_kept(as_json) as out:
+    with failures(), stdout_kept(as_json) as out:
         from tandem.service.server import run_server
 
-        settings = _settings(context)
+        settings = settings_of(context)
 
         def announce(url: str, name: str) -> None:
             facts = {"url": url, "release": name, "workers": workers}
             print(json.dumps(facts) if as_json else f"serving {name} on {url} (Ctrl+C stops it)", file=out, flush=True)
 
         run_server(settings, host, port, workers, announce)
-
-
-# --------------------------------------------------------------------------------------------------------------- running
-
-
-def _recipe(call: Callable[[Settings, Any], Outcome]) -> Work:
-    """A recipe that reports no progress, as work. `call` gets the settings and the module of recipes, imported at that moment."""
-
-    def work(settings: Settings, progress: Progress) -> Outcome:
-        from tandem.service import recipes
-
-        return call(settings, recipes)
-
-    return work
-
-
-def _run(context: typer.Context, as_json: bool, work: Work) -> None:
-    """Do the work, print what it made, how long it took and what comes next."""
-    started = time.perf_counter()
-    with _failures(), _stdout_kept(as_json) as out:
-        from tandem.service.terminal import print_outcome, watched
-
-        settings = _settings(context)
-        with watched(sys.stderr) as progress:
-            outcome = _answer(work, settings, progress)
-        print_outcome(outcome, time.perf_counter() - started, as_json, out)
-        if outcome.refused:
-            raise typer.Exit(REFUSED)
-
-
-def _answer(work: Work, settings: Settings, progress: Any) -> Outcome:
-    """What the work made, or what a gate that refused it has to show."""
-    from tandem.service.outcome import RefusedError
-
-    try:
-        return work(settings, progress)
-    except RefusedError as refusal:
-        return refusal.outcome
-
-
-def _moment(text: str) -> datetime:
-    """A time as ISO 8601 writes it; without a zone it is UTC's."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise InputError(f"{text!r} is no time; write it like 2026-11-17T12:00 or 2026-11-17T12:00+01:00") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _settings(context: typer.Context) -> Settings:
-    from tandem.service.settings import load_settings
-
-    return load_settings(context.obj)
-
-
-@contextmanager
-def _stdout_kept(as_json: bool) -> Iterator[Any]:
-    """Give standard output for the answer; what libraries print meanwhile goes to standard error."""
-    out = sys.stdout
-    _quiet_libraries()
-    with redirect_stdout(sys.stderr) if as_json else redirect_stdout(out):
-        yield out
-
-
-def _quiet_libraries() -> None:
-    """Warnings of libraries are for developers."""
-    import logging
-    import warnings
-
-    if not os.environ.get(DEBUG):
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        logging.getLogger().setLevel(logging.ERROR)
-
-
-@contextmanager
-def _failures() -> Iterator[None]:
-    """Errors as one clear line and an exit code; the traceback only on request."""
-    try:
-        yield
-    except (typer.Exit, SystemExit):
-        raise
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - whoever read the answer has gone
-        raise typer.Exit(FAILED) from None
-    except Exception as error:
-        if os.environ.get(DEBUG):
-            raise
-        print(_one_line(error), file=sys.stderr)
-        raise typer.Exit(_code(error)) from None
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, TandemError):
-        return "error: " + " ".join(str(error).split())
-    said = " ".join(str(error).split())[:300]
-    return f"error: unexpected {type(error).__name__}: {said}; this is a fault of Tandem: report what {DEBUG}=1 shows"
-
-
-def _code(error: Exception) -> int:
-    if isinstance(error, GateRefusedError):
-        return REFUSED
-    return USAGE if isinstance(error, InputError) else FAILED
 
 
 if __name__ == "__main__":

@@ -28,8 +28,15 @@ class Follower:
     """Looks at the registry every `every_s` seconds until it is stopped."""
 
     def __init__(
-        self, settings: Settings, serving: Callable[[], str | None], swap: Callable[[Recommender], None], every_s: float
+        self,
+        settings: Settings,
+        serving: Callable[[], str | None],
+        swap: Callable[[Recommender], None],
+        every_s: float,
+        loaded: Callable[[str], Recommender | None] = lambda release: None,
     ) -> None:
+        """`loaded` gives a release that is in memory already, since it answered as a challenger."""
+        self._loaded = loaded
         self._settings, self._serving, self._swap, self._every_s = settings, serving, swap, every_s
         self._refused: tuple[str, int] | None = None
         self._store: ReleaseStore | None = None
@@ -57,9 +64,11 @@ class Follower:
             if champion.name in (None, self._serving()) or promotion == self._refused:
                 return False
             self._refused = promotion  # until it is loaded
-            check_room(self._fetched(promotion[0]))
-            recommender = open_recommender(self._settings, promotion[0])
-            recommender.warm()
+            recommender = self._loaded(promotion[0])
+            if recommender is None:
+                check_room(self._fetched(promotion[0]))
+                recommender = open_recommender(self._settings, promotion[0])
+                recommender.warm()
         except (UnavailableError, BusyError) as error:  # the registry, or where releases lie, is away: what answers goes on
             self._refused = None
             log_line("registry_unreachable", reason=type(error).__name__)

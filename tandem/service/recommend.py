@@ -77,6 +77,7 @@ class Ask:
 
     `categories` (any of them) and `exclude` hold beside what `filters` say.
     `deadline`, on `time.perf_counter`, is when stages that have a fallback are no longer begun.
+    `noted` are further columns that the served-log keeps with the slate.
     """
 
     user_id: str | None = None
@@ -89,6 +90,7 @@ class Ask:
     context: Mapping[str, str] = field(default_factory=dict)
     request_id: str | None = None
     deadline: float = math.inf
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -553,6 +555,7 @@ class Recommender:
                     "request_id": slate.request_id, "user_id": ask.user_id, "item_id": item.item_id, "position": item.position,
                     "score": item.score, "propensity": item.propensity, "timestamp": now, "release": slate.release,
                     "view_versions": self._parts.views, "features_read": kept if item.position == 1 else None,
+                    "took_ms": slate.took_ms["total"], "degraded": ",".join(slate.degraded), **ask.noted,
                 }
                 for item in slate.items
             ]

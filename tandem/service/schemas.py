@@ -118,7 +118,10 @@ class ItemAnswer(BaseModel):
 
 
 class SlateAnswer(BaseModel):
-    """The ordered answer. `degraded` names what fell back, `took_ms` the milliseconds of every stage and in total."""
+    """The ordered answer. `degraded` names what fell back, `took_ms` the milliseconds of every stage and in total.
+
+    `experiment` and `arm` say in which arm of an open experiment the answer is, if in any.
+    """
 
     items: tuple[ItemAnswer, ...]
     returned: int
@@ -128,10 +131,12 @@ class SlateAnswer(BaseModel):
     took_ms: dict[str, float]
     cold_start: bool
     truncated: bool
+    experiment: str | None = None
+    arm: Literal["champion", "challenger"] | None = None
 
     @classmethod
-    def of(cls, slate: Slate) -> SlateAnswer:
-        return cls.model_validate({**asdict(slate), "returned": len(slate.items)})
+    def of(cls, slate: Slate, experiment: str | None = None, arm: str | None = None) -> SlateAnswer:
+        return cls.model_validate({**asdict(slate), "returned": len(slate.items), "experiment": experiment, "arm": arm})
 
 
 class StageAnswer(BaseModel):

@@ -21,6 +21,7 @@ from feature_repo.live import EventLimits
 from feature_repo.online_config import OnlineConfig
 from feature_repo.shift import DriftLimits
 from registry.policy import GateConfig
+from registry.watch import RolloutConfig
 from retrieval.candidates import CandidateConfig
 from retrieval.index import IndexConfig
 from retrieval.tuning_config import TuningConfig
@@ -172,6 +173,7 @@ class Settings:
     service: ServiceSettings = field(default_factory=ServiceSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     gates: GateConfig = field(default_factory=GateConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     table: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -229,7 +231,7 @@ def write_default(workspace: Path) -> Path:
 DEFAULT: Final = """\
 # Tandem workspace settings. Every key has a default; unknown keys are refused.
 # `tandem status` prints where everything lies. Sections: features online events checks split encoder tuning towers index
-# candidates ranker evaluation rerank service registry gates table
+# candidates ranker evaluation rerank service registry gates rollout table
 
 [online]
 # url = "redis://localhost:6379/0"   # or postgresql://…; empty: a SQLite file of this workspace

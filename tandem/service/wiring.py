@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import polars as pl
@@ -34,12 +35,16 @@ from tandem.service.recommend import Parts, Recommender, UserRows
 from tandem.service.settings import EncoderSettings, Settings
 from tandem.service.texts import ADAPTER, text_encoder
 
+SERVED_LOG: Final = "served"
+SHADOW_LOG: Final = "shadow"
+"""Folders of the workspace: what users saw, and what a shadow would have shown them."""
+
 USER_READ_MS = 30
 """How long one read of an online server may take; there are as many as a user has feature views."""
 
 
-def open_recommender(settings: Settings, release: str | None = None) -> Recommender:
-    """The champion (or a named release), verified by hash before anything is read.
+def open_recommender(settings: Settings, release: str | None = None, served: str = SERVED_LOG) -> Recommender:
+    """The champion (or a named release), verified by hash before anything is read; `served` is its served-log's folder.
 
     Raises NotFoundError when nothing is promoted, IntegrityError when the folder is damaged, IncompatibleError when it is mixed.
     """
@@ -48,7 +53,7 @@ def open_recommender(settings: Settings, release: str | None = None) -> Recommen
     retriever = Retriever.load(folder, sentence_weight=settings.service.sentence_weight)
     ranker = Ranker.load(folder / "ranker")
     check_views(settings, folder)
-    log = ServedLog(settings.workspace / "served", without=ErasedUsers(settings.data).drop_from)
+    log = ServedLog(settings.workspace / served, without=ErasedUsers(settings.data).drop_from)
     return _in_workspace(settings, manifest.name, folder, retriever, ranker, log)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import tomllib
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
+from registry.watch import RolloutConfig
 from tandem.service import app as http
 from tandem.service import demo, problems
 from tandem.service.cli import app
@@ -172,6 +174,13 @@ def test_settings_on_the_page_are_read(tmp_path: Path) -> None:
     settings = load_settings(tmp_path, {})
     assert list(settings.service.keys) == tomllib.loads(section)["service"]["keys"]
     http.check_keys(settings)
+
+
+def test_the_roll_out_settings_on_the_page_are_the_defaults(tmp_path: Path) -> None:
+    (section,) = [block for block in blocks("docs/registry.md", "toml") if block.startswith("[rollout]")]
+    (tmp_path / "tandem.toml").write_text(section)
+    assert load_settings(tmp_path, {}).rollout == RolloutConfig()
+    assert set(tomllib.loads(section)["rollout"]) == {each.name for each in fields(RolloutConfig)}
 
 
 def test_the_demo_names_the_world_that_the_readme_asks() -> None:

@@ -25,6 +25,14 @@ from tandem.service.recipes.data import (
     simulate,
     users_erase,
 )
+from tandem.service.recipes.experiments import (
+    experiment_check,
+    experiment_list,
+    experiment_report,
+    experiment_set,
+    experiment_start,
+    experiment_stop,
+)
 from tandem.service.recipes.gate import release_gate
 from tandem.service.recipes.models import evaluate, evaluated, funnel_table, train
 from tandem.service.recipes.overview import status
@@ -46,6 +54,12 @@ from tandem.service.settings import Settings
 __all__ = [
     "Progress",
     "evaluate",
+    "experiment_check",
+    "experiment_list",
+    "experiment_report",
+    "experiment_set",
+    "experiment_start",
+    "experiment_stop",
     "features_apply",
     "features_build",
     "features_check",

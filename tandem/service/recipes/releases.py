@@ -28,7 +28,7 @@ from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
     from registry.retention import Pruned
-    from registry.store import ReleaseStore
+    from registry.store import Champion, ReleaseStore
 
 _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
 
@@ -231,16 +231,22 @@ def release_promote(settings: Settings, name: str, because: str = "", force: boo
     return Outcome(f"{name} is live (before: {champion.name or 'nothing'}){note}", data, None, "tandem serve")
 
 
-def release_rollback(settings: Settings, to: str | None = None, because: str = "") -> Outcome:
-    """Back to the champion before, or to a named earlier one, in one step."""
+def release_rollback(
+    settings: Settings, to: str | None = None, because: str = "", *, who: str = "", expected: Champion | None = None
+) -> Outcome:
+    """Back to the champion before, or to a named earlier one, in one step.
+
+    `expected`: the champion that is to go; ConflictError when it is not that one any more, or is so by a later promotion.
+    """
     from registry.release import verify_release
 
     with open_releases(settings) as store:
-        before = store.champion().name
+        before = (expected or store.champion()).name
         target = to or store.previous()
         release = release_here(settings, store, target)
         verify_release(release.folder, release.content_hash)
-        promotion = store.rollback(target, expected=before, who=who_am_i(), why=because or "rollback")
+        version = expected.version if expected else None
+        promotion = store.rollback(target, expected=before, who=who or who_am_i(), why=because or "rollback", version=version)
         note = _mirror(settings, store)
     data = {"champion": promotion.name, "before": before, "at": promotion.at.isoformat()}
     return Outcome(f"{promotion.name} is live again (before: {before}){note}", data, None, "tandem release history")
