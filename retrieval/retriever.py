@@ -10,7 +10,7 @@ In: a folder with `items.parquet`, `towers/`, `index/`, `covisit.safetensors` an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 from retrieval.baselines import ItemKNN
 from retrieval.batches import PAD, pad_left
 from retrieval.candidates import CandidateConfig, Candidates, Trace, retrieve, trace
-from retrieval.filters import NOT_INCLUDED, FilterColumns, Filters, Kind, counted
+from retrieval.filters import ALWAYS, NOT_YET, Filters, Kind, counted
+from retrieval.fresh import FreshItems
 from retrieval.index import VectorIndex
+from retrieval.listing import Card, Listing, Stock
 from retrieval.query_batch import QueryBatch
 from retrieval.sources import (
     CandidateSource,
     HistorySource,
+    LinearSource,
     RankedSource,
     TowerSource,
     covisit_source,
@@ -62,7 +65,10 @@ class Queries:
 
 @dataclass(frozen=True, eq=False)
 class Retriever:
-    """Towers, index and the other candidate sources over one catalogue; immutable and safe to share between threads."""
+    """Towers, index and the other candidate sources over one catalogue; safe to share between threads.
+
+    Its parts never change. Items put or deleted since they were trained lie over them (`fresh`), and `listing` shows both.
+    """
 
     items: pl.DataFrame
     towers: Towers
@@ -71,82 +77,103 @@ class Retriever:
     counts: NDArray[np.float32]
     exclude_seen: bool
     sentence_weight: float = 3.0
+    fresh: FreshItems = field(init=False, repr=False)
 
-    @cached_property
+    def __post_init__(self) -> None:
+        stock = Stock(self.items, self.towers, self.index, self.counts)
+        object.__setattr__(self, "fresh", FreshItems(stock))  # nothing is made before the first change
+
+    @property
+    def listing(self) -> Listing:
+        """The catalogue of this moment: titles, categories, vectors by dense id, with what was put since."""
+        return self.fresh.listing
+
+    @property
     def item_ids(self) -> list[str]:
-        """Outside id of every dense id."""
-        return self.items["item_id"].to_list()
+        """Outside id of every dense id that the release was trained on."""
+        return self.listing.stock.item_ids
 
-    @cached_property
+    @property
     def row_of(self) -> dict[str, int]:
-        """Dense id of every outside id."""
-        return {item_id: row for row, item_id in enumerate(self.item_ids)}
-
-    @cached_property
-    def _columns(self) -> FilterColumns:
-        return FilterColumns.of(self.items)
+        """Dense id of every outside id that the release was trained on."""
+        return self.listing.stock.row_of
 
     @property
     def attributes(self) -> Mapping[str, Kind]:
         """What filters may ask of items beside categories, and what kind of values that has."""
-        return self._columns.vocabulary.attributes
+        return self.listing.stock.columns.vocabulary.attributes
 
     @cached_property
     def _popular(self) -> RankedSource:
         return popular_source(self.counts)
 
     @cached_property
-    def _covisit(self) -> CandidateSource:
+    def _covisit(self) -> LinearSource:
         return covisit_source(self.covisit)
+
+    def put(self, cards: Sequence[Card], text: NDArray[np.float32]) -> None:
+        """List new items, or list known ones as they are now, with their text vectors (n, T): from the next question on.
+
+        In this process, until it ends; the service keeps such changes on disk. Raises InputError as `FreshItems.put` does.
+        """
+        self.fresh.put(cards, text)
+
+    def delete(self, item_ids: Sequence[str]) -> None:
+        """Take items out of every answer, from the next question on."""
+        self.fresh.delete(item_ids)
 
     def available(self, now_us: int) -> NDArray[np.bool_]:
         """(N,) bool: items that exist at that moment."""
-        return self._columns.available <= now_us
+        return self.masks(Filters(), now_us)[NOT_YET]
 
     def check(self, filters: Filters) -> None:
         """Raise InputError for an attribute that items do not have, or values of another kind than its own."""
-        self._columns.vocabulary.check(filters)
+        self.listing.stock.columns.vocabulary.check(filters)
 
     def masks(self, filters: Filters, now_us: int) -> dict[str, NDArray[np.bool_]]:
         """(N,) bool by name for every filter asked for, but `exclude` and `seen`, which are lists per request.
 
         Raises InputError as `check` does.
         """
-        self.check(filters)
-        masks = self._columns.masks(filters, now_us)
-        if filters.include is not None:
-            masks[NOT_INCLUDED] = np.zeros(len(self.items), np.bool_)
-            masks[NOT_INCLUDED][self.rows(filters.include)] = True
-        return masks
+        return self.listing.masks(filters, now_us)
 
     def eligible(self, queries: Queries) -> tuple[int, dict[str, int]]:
         """How many items the first request may get, and how many each filter removed; "excluded" is what its own list did."""
-        left, removed = counted(queries.filters, np.ones(len(self.items), np.bool_))
+        listing = self.listing
+        left, removed = counted(_padded(queries.filters, listing.count), listing.listed)
         out = np.unique(queries.exclude[0])
         excluded = int(np.count_nonzero(left[out]))
         return int(np.count_nonzero(left)) - excluded, {**removed, "excluded": excluded}
 
     def rows(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
-        """Dense ids of those outside ids that the catalogue knows; the others are left out."""
-        return np.array([self.row_of[item_id] for item_id in item_ids if item_id in self.row_of], np.int64)
+        """Dense ids of those outside ids that the catalogue knows, deleted or not; the others are left out."""
+        return self.listing.rows(item_ids)
 
     def vectors(self, queries: Queries) -> NDArray[np.float32]:
         """Query vectors (B, Q)."""
-        return self.towers.query(queries.histories, queries.sentences, self.sentence_weight)
+        put = self.listing.put_in(queries.histories)
+        return self.towers.query(queries.histories, queries.sentences, self.sentence_weight, put)
 
     def candidates(self, queries: Queries, config: CandidateConfig) -> tuple[Candidates, NDArray[np.float32]]:
         """Merged candidates, and the towers' score (B, k) float32 of every one of them, found by the towers or not."""
-        batch = self._batch(queries)
-        found = retrieve(batch, self._sources(queries.now_us), self._popular, config)
-        return found, tower_scores(batch.vectors, self.towers.item_vectors, found.ids)
+        listing = self.listing
+        batch = self._batch(queries, listing)
+        found = retrieve(batch, self._sources(listing, queries.now_us), self._everything(listing), config)
+        if listing.view is None:
+            return found, tower_scores(batch.vectors, self.towers.item_vectors, found.ids)
+        rows, places = np.unique(np.maximum(found.ids, 0), return_inverse=True)
+        local = np.where(found.ids >= 0, places.reshape(found.ids.shape), -1)
+        return found, tower_scores(batch.vectors, listing.item_vectors(rows), local)
 
     def nearest(self, queries: Queries, k: int) -> NDArray[np.int64]:
         """What the towers alone return: dense ids (B, k), -1 as padding."""
-        return TowerSource(self.index).candidates(self._batch(queries), k)[1]
+        return TowerSource(self.listing.index).candidates(self._batch(queries, self.listing), k)[1]
 
     def trace(self, queries: Queries, item: int, config: CandidateConfig) -> Trace:
         """What became of one dense item id in the first request."""
-        return trace(self._batch(queries), 0, item, self._sources(queries.now_us), self._popular, config)
+        listing = self.listing
+        batch = self._batch(queries, listing)
+        return trace(batch, 0, item, self._sources(listing, queries.now_us), self._everything(listing), config)
 
     def similar(
         self,
@@ -159,14 +186,14 @@ class Retriever:
 
         Only what passes all `masks` and is not among `exclude` (dense ids).
         """
-        width = self.towers.shape.dimension
-        vectors = self.towers.item_vectors
-        block = vectors[:, :width] if self.counts[item] else vectors[:, width + 1 :]
-        norms = np.linalg.norm(block, axis=1) + 1e-9
-        cosine = (block @ block[item]) / (norms * norms[item])
+        listing, width = self.listing, self.towers.shape.dimension
+        known = bool(listing.counts(np.array([item]))[0])
+        columns = slice(0, width) if known else slice(width + 1, None)
+        cosine = listing.cosines(item, columns)
         cosine[item] = -np.inf
         cosine[np.empty(0, np.int64) if exclude is None else exclude] = -np.inf
-        for mask in (masks or {}).values():
+        cosine[~listing.listed] = -np.inf
+        for mask in _padded(masks or {}, listing.count).values():
             cosine[~mask] = -np.inf
         order = np.argsort(-cosine, kind="stable")[:k]
         order = order[np.isfinite(cosine[order])]
@@ -188,24 +215,31 @@ class Retriever:
         sentences = None if sentence is None else sentence[None, :]
         queries = Queries(pad_left([seen], 100), exclude, now_us, sentences, self.masks(filters, now_us))
         found, scores = self.candidates(queries, CandidateConfig(k=k))
-        titles = self.items["title"]
         order = np.argsort(-scores[0], kind="stable")
-        return [
-            (self.item_ids[int(found.ids[0, at])], titles[int(found.ids[0, at])], float(scores[0, at]))
-            for at in order
-            if found.ids[0, at] != PAD
-        ]
+        rows = [(int(found.ids[0, at]), float(scores[0, at])) for at in order if found.ids[0, at] != PAD]
+        return [(self.listing.item_id(row), self.listing.title(row), score) for row, score in rows]
 
-    def _batch(self, queries: Queries) -> QueryBatch:
-        return QueryBatch(self.vectors(queries), queries.histories, queries.exclude, None, queries.filters)
+    def _batch(self, queries: Queries, listing: Listing) -> QueryBatch:
+        masks, listed = _padded(queries.filters, listing.count), None if listing.view is None else listing.listed
+        return QueryBatch(self.vectors(queries), queries.histories, queries.exclude, listed, masks)
 
-    def _sources(self, now_us: int) -> list[CandidateSource]:
-        sources: list[CandidateSource] = [TowerSource(self.index), self._covisit]
+    def _sources(self, listing: Listing, now_us: int) -> list[CandidateSource]:
+        """All but popular, over every dense id of the listing."""
+        sources: list[CandidateSource] = [TowerSource(listing.index), replace(self._covisit, items=listing.count)]
         if not self.exclude_seen:
-            sources.append(HistorySource(len(self.item_ids)))
-        if self.items["available_from"].null_count() < len(self.items):
-            sources.append(new_source(self._columns.available, now_us, NEW_DAYS))
+            sources.append(HistorySource(listing.count))
+        available = listing.available
+        if (available > ALWAYS).any():
+            sources.append(new_source(available, now_us, NEW_DAYS))
         return sources
+
+    def _everything(self, listing: Listing) -> RankedSource:
+        """Popular items; behind them, so that every item has a place, those that nobody could touch yet."""
+        if listing.count == len(self.items):
+            return self._popular
+        new = np.arange(len(self.items), listing.count)
+        order, values = np.append(self._popular.order, new), np.append(self._popular.values, np.zeros(len(new), np.float32))
+        return RankedSource(self._popular.name, order, values, listing.count)
 
     def save(self, folder: Path) -> None:
         """Write every part into an existing folder, and say in `retriever.json` what belongs together."""
@@ -241,6 +275,11 @@ class Retriever:
             raise IncompatibleError(f"{folder.name}: the index holds {index.count} vectors, but there are {len(items)} items")
         covisit = ItemKNN.load(folder / COVISIT)
         return cls(items, towers, index, covisit, np.array(facts["counts"], np.float32), facts["exclude_seen"], sentence_weight)
+
+
+def _padded(masks: Mapping[str, NDArray[np.bool_]], count: int) -> dict[str, NDArray[np.bool_]]:
+    """Masks made a moment ago, over all items of now: what was not there then is not let in."""
+    return {name: np.pad(mask, (0, count - len(mask))) for name, mask in masks.items()}
 
 
 def tower_scores(queries: NDArray[np.float32], items: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from retrieval.baselines import ItemKNN
 from retrieval.checks import MAX_K
 from retrieval.index import VectorIndex
 from retrieval.query_batch import Answer, Floats, Ids, Mask, QueryBatch
+from retrieval.tier import View
 from retrieval.topk import best
 from tandem.core.schema import MICROSECONDS_PER_DAY
 
@@ -41,7 +42,7 @@ class CandidateSource(Protocol):
 class TowerSource:
     """Nearest items of the query vector. A vector that is zero or not finite gets no answer: the other sources fill in."""
 
-    index: VectorIndex
+    index: VectorIndex | View
     name: str = "towers"
 
     def candidates(self, batch: QueryBatch, k: int) -> Answer:
@@ -62,17 +63,19 @@ class TowerSource:
 class LinearSource:
     """Sum of item-to-item weights over the newest `last` items of the history; only positive sums count.
 
-    `neighbours` (N, K) int32, padded with -1, and their `weights` (N, K) float32.
+    `neighbours` (N, K) int32, padded with -1, and their `weights` (N, K) float32. `items`: how many there are in all, where it
+    is more than N; the others have no neighbours.
     """
 
     name: str
     neighbours: NDArray[np.int32]
     weights: Floats
     last: int = 50
+    items: int = 0
 
     def candidates(self, batch: QueryBatch, k: int) -> Answer:
         """As many more as a request excludes are looked up, then struck out: cheaper than striking out before."""
-        items = len(self.neighbours)
+        items = max(len(self.neighbours), self.items)
         barred = batch.barred(items)
         scores, ids = _nothing(len(batch), k)
         step = max(1, _SUM_CELLS // (items + 1))
@@ -87,10 +90,10 @@ class LinearSource:
         return scores, ids
 
     def _sums(self, history: Ids) -> Floats:
-        """(B, N) float32: each different item of a history adds its neighbours' weights."""
-        items = len(self.neighbours)
+        """(B, items) float32: each different item of a history adds its neighbours' weights."""
+        items = max(len(self.neighbours), self.items)
         ids = np.sort(history, axis=1)
-        known = (ids >= 0) & (ids < items)
+        known = (ids >= 0) & (ids < len(self.neighbours))
         known[:, 1:] &= ids[:, 1:] != ids[:, :-1]
         rows, places = np.nonzero(known)
         near = self.neighbours[ids[rows, places]]

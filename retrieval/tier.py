@@ -46,6 +46,7 @@ class View:
     columns: Columns
     _item_ids: Sequence[str] = field(repr=False)
     _new_ids: Sequence[str] = field(repr=False)
+    _new_number: Mapping[str, int] = field(repr=False)
 
     def search(self, queries: Floats, k: int, allowed: Mask | None = None) -> tuple[Floats, Ids]:
         """Scores (B, k) float32 and numbers (B, k) int64, best first, -inf and -1 only where fewer than k are eligible.
@@ -68,6 +69,11 @@ class View:
         listed[self.owners[self.alive]] = True
         return listed
 
+    def new_row(self, item_id: str) -> int | None:
+        """The number of an item that the main index does not know; None if it was not there yet."""
+        number = self._new_number.get(item_id)
+        return None if number is None or number >= self.count else number
+
     def rows_of(self, numbers: Ids) -> Ids:
         """The row in the fresh tier of each number, in the shape given; -1 for an item that is as it is in the main index."""
         owners, rows = self._by_owner
@@ -78,10 +84,9 @@ class View:
 
     @cached_property
     def _by_owner(self) -> tuple[Ids, Ids]:
-        """Numbers with a row in the fresh tier, ascending, and their newest row; a deleted item keeps its last one."""
-        order = np.lexsort((np.arange(len(self.owners)), self.owners))
-        last = np.append(self.owners[order][1:] != self.owners[order][:-1], True)[: len(order)]
-        return self.owners[order][last], order[last]
+        """Numbers with a row in the fresh tier, ascending, and their newest row; a deleted new item keeps its last one."""
+        last = _last_rows(self.owners)
+        return self.owners[last], last
 
     def item_ids(self, numbers: Ids) -> list[str]:
         """Outside ids of numbers that a search returned."""
@@ -159,6 +164,7 @@ class FreshTier:
             {name: column[used] for name, column in self._columns.items()},
             self.item_ids,
             self._new_ids,
+            self._new_number,
         )
 
     def records(self) -> list[Record]:
@@ -205,16 +211,32 @@ class FreshTier:
         self._used += len(numbers)
 
     def _make_room(self, more: int) -> None:
-        """Move what is alive to new arrays, twice as long as that takes; views keep the old ones."""
-        alive = np.flatnonzero(self._alive[: self._used])
-        room = 2 * (len(alive) + more) + _ROOM
-        rows, owners = np.empty((room, self.main.dimension), np.float32), np.empty(room, np.int64)
-        rows[: len(alive)], owners[: len(alive)] = self._rows[alive], self._owners[alive]
+        """Move what is needed to new arrays, twice as long as that takes; views keep the old ones."""
+        kept = self._needed()
+        room = 2 * (len(kept) + more) + _ROOM
+        alive = np.zeros(room, np.bool_)
+        alive[: len(kept)] = self._alive[kept]
         for name, column in self._columns.items():
-            self._columns[name] = _with_room(column[alive], room)
-        self._rows, self._owners, self._used = rows, owners, len(alive)
-        self._alive = np.arange(room) < len(alive)
-        self._row_of = dict(zip(owners[: len(alive)].tolist(), range(len(alive)), strict=True))
+            self._columns[name] = _with_room(column[kept], room)
+        self._rows, self._owners = _with_room(self._rows[kept], room), _with_room(self._owners[kept], room)
+        self._alive, self._used = alive, len(kept)
+        self._row_of = {int(self._owners[row]): row for row in np.flatnonzero(alive).tolist()}
+
+    def _needed(self) -> Ids:
+        """Rows that are alive, and the last row of each new item that was deleted: somebody may have had it."""
+        used = slice(0, self._used)
+        last = _last_rows(self._owners[used])
+        needed = self._alive[used].copy()
+        needed[last[self._owners[last] >= self.main.count]] = True
+        return np.flatnonzero(needed)
+
+
+def _last_rows(owners: Ids) -> Ids:
+    """The newest row of each owner, by owner."""
+    order = np.argsort(owners, kind="stable")
+    last = np.append(owners[order][1:] != owners[order][:-1], True)[: len(order)]
+    newest: Ids = order[last]
+    return newest
 
 
 def _with_room(column: NDArray[Any], room: int) -> NDArray[Any]:

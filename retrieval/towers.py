@@ -119,9 +119,12 @@ class TwoTowers(nn.Module):
         """Histories (B, H) int64 padded with -1 -> (B, linear), looking items up in `inner` (N, linear)."""
         return self.user(inner, histories.clamp(min=0), histories >= 0)  # type: ignore[no-any-return]
 
-    def whole_taste(self, histories: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-        """(B, D): the pooled taste, and beside it what the sequence tower expects next."""
-        parts = [self.taste(histories, inner)]
+    def whole_taste(self, histories: torch.Tensor, inner: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, D): the pooled taste, and beside it what the sequence tower expects next.
+
+        `places` (B, H): rows of `inner`, where these are not the histories themselves.
+        """
+        parts = [self.taste(histories if places is None else places, inner)]
         if self.sequence is not None:
             parts.append(self.sequence.last(histories))
         return torch.cat(parts, dim=1)
@@ -178,6 +181,32 @@ class Towers:
         self._text = text
 
     @property
+    def inner_vectors(self) -> np.ndarray:
+        """(N, linear) float32: what stands for each item in a history that is pooled."""
+        return np.asarray(self._inner.numpy())
+
+    def items(self, content: np.ndarray, text: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Item vectors (n, Q) and inner vectors (n, linear) of items put now: contents (n, C), text vectors (n, T).
+
+        `rows` (n,) int64: the dense id of an item that was trained on, which keeps what was learned of it beside its content; -1
+        for a new one. InputError for contents or texts of another width.
+        """
+        if content.shape[1:] != (self.shape.content,) or text.shape[1:] != (self.shape.text,):
+            raise InputError(
+                f"items have contents of {content.shape[1:]} and texts of {text.shape[1:]} numbers, these towers read "
+                f"{self.shape.content} and {self.shape.text}; use the release's own encoder"
+            )
+        known, places = torch.from_numpy(rows >= 0)[:, None], torch.from_numpy(np.maximum(rows, 0))
+        with torch.inference_mode():
+            inputs = torch.from_numpy(content)
+            network = self._network
+            inner, outer = (tower.base(inputs) + tower.id[places] * known for tower in (network.inner, network.outer))
+            popularity = (network.popularity[places] * known[:, 0]).numpy()
+            if network.sequence is not None:
+                outer = torch.cat([outer, network.sequence.items[places] * network.sequence.weight * known], dim=1)
+        return self._assemble(outer.numpy(), popularity, self._block(text)), np.ascontiguousarray(inner.numpy())
+
+    @property
     def spread(self) -> float:
         """Standard deviation of a person's scores over the catalogue: how loud a sentence must speak to be heard."""
         return float(self.facts["spread"])  # type: ignore[arg-type]
@@ -187,16 +216,27 @@ class Towers:
         """(N, S) float32 unit rows: the text block of every item."""
         return self.item_vectors[:, self.shape.dimension + 1 :]
 
-    def query(self, histories: np.ndarray, sentences: np.ndarray | None = None, sentence_weight: float = 3.0) -> np.ndarray:
+    def query(
+        self,
+        histories: np.ndarray,
+        sentences: np.ndarray | None = None,
+        sentence_weight: float = 3.0,
+        put: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """Query vectors (B, Q) float32 for histories (B, H) int64 padded with -1 and optional text vectors (B, T).
 
-        A row of `sentences` that is all zero means no sentence. Without a history the sentence speaks alone, and without
-        either the query is popularity.
+        With `put`, histories may hold items that were put since, ids N and above: (rows (B, H), inner vectors (M, linear))
+        that they are pooled by; the sequence tower passes over items that it was not trained on. A row of `sentences` that is all
+        zero means no sentence. Without a history the sentence speaks alone, and without either the query is popularity.
         """
-        histories = self._fit(histories)
-        indices = torch.from_numpy(histories)
+        if put is None:
+            histories, table = self._fit(histories, self.shape.items), self._inner
+            known, places = torch.from_numpy(histories), None
+        else:
+            table, known = torch.from_numpy(put[1]), self._known(histories)
+            places = torch.from_numpy(self._fit(put[0], len(put[1])))
         with torch.inference_mode():
-            taste = self._network.whole_taste(indices, self._inner).numpy()
+            taste = self._network.whole_taste(known, table, places).numpy()
         words = np.zeros((len(histories), self.shape.text_block), np.float32)
         popular = np.ones(len(histories), np.float32)
         if sentences is not None:
@@ -206,11 +246,17 @@ class Towers:
             popular[spoken & (histories < 0).all(1)] = 0.1
         return self._assemble(taste, popular, words)
 
-    def _fit(self, histories: np.ndarray) -> np.ndarray:
+    def _known(self, histories: np.ndarray) -> torch.Tensor:
+        """Histories without what was put since the training, moved up to the right."""
+        kept = np.where(histories < self.shape.items, histories, -1)
+        order = np.argsort(kept >= 0, axis=1, kind="stable")
+        return torch.from_numpy(np.ascontiguousarray(np.take_along_axis(kept, order, axis=1)[:, -self.shape.history :]))
+
+    def _fit(self, histories: np.ndarray, items: int) -> np.ndarray:
         if histories.ndim != 2:
             raise InputError(f"histories have shape {histories.shape}; give (B, H) dense item ids, padded on the left with -1")
-        if histories.size and histories.max() >= self.shape.items:
-            raise InputError(f"history holds item {histories.max()}, but the towers know {self.shape.items} items")
+        if histories.size and histories.max() >= items:
+            raise InputError(f"history holds item {histories.max()}, but the towers know {items} items")
         return np.ascontiguousarray(histories[:, -self.shape.history :], np.int64)
 
     @staticmethod

@@ -7,44 +7,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import scipy.sparse as sp
 
-from retrieval.baselines import ItemKNN
-from retrieval.batches import cut_places, pad_left
+from retrieval.batches import pad_left
 from retrieval.candidates import CandidateConfig
 from retrieval.filters import Filters, Range
 from retrieval.index import IndexConfig, VectorIndex
 from retrieval.retriever import Queries, Retriever, items_fingerprint, tower_scores
-from retrieval.sequence import SequenceConfig
-from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 from tandem.core.errors import IncompatibleError, InputError, NotFoundError
 from tandem.core.folders import read_json, write_json
 
 ITEMS = 60
-LATE = datetime(2025, 6, 1, tzinfo=UTC)
-
-
-@pytest.fixture(scope="module")
-def retriever() -> Retriever:
-    random = np.random.default_rng(0)
-    text = random.standard_normal((ITEMS, 12)).astype(np.float32)
-    text /= np.linalg.norm(text, axis=1, keepdims=True)
-    sequences = [random.permutation(np.arange(user % 3, ITEMS, 3))[:9] for user in range(90)]
-    histories = Histories(sequences, [np.ones(9, bool)] * 90, [cut_places(np.arange(9))] * 90, exclude_seen=True)
-    config = TowerConfig(dimension=8, text_block=6, history=20, epochs=1, ridge=10.0, sequence=SequenceConfig(width=8, rounds=1))
-    towers = train_towers(Catalogue(text, text), histories, config, lambda _: None)
-    matrix = sp.csr_matrix((np.ones(810, np.float32), (np.repeat(np.arange(90), 9), np.concatenate(sequences))), (90, ITEMS))
-    items = pl.DataFrame(
-        {
-            "item_id": [f"i{number:02}" for number in range(ITEMS)],
-            "title": [f"Item {number}" for number in range(ITEMS)],
-            "categories": [[f"c{number % 3}"] for number in range(ITEMS)],
-            "available_from": [LATE if number == 59 else None for number in range(ITEMS)],
-        },
-        schema_overrides={"available_from": pl.Datetime("us", "UTC")},
-    )
-    counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
-    return Retriever(items, towers, VectorIndex.build(towers.item_vectors), ItemKNN.fit(matrix, 20), counts, exclude_seen=True)
 
 
 def test_saved_and_loaded_it_answers_alike(retriever: Retriever, tmp_path: Path) -> None:
