@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Final
 import polars as pl
 
 from feature_repo.aggregates import AggregateConfig, rows_since
+from feature_repo.item_changes import ItemChanges
 from feature_repo.live_snapshot import write_fresh
 from feature_repo.materialize import push_rows
 from feature_repo.offline import LOCK, open_own
 from feature_repo.sources.clean import clean_events, with_event_ids
 from feature_repo.store import (
     append_events,
-    load_items,
+    load_items_until,
     load_source,
     mark_applied,
     pending_parts,
@@ -85,6 +86,7 @@ class EventGate:
     def __init__(self, workspace: Path, config: AggregateConfig, limits: EventLimits | None = None) -> None:
         self._workspace, self._data, self._config = workspace, workspace / "data", config
         self._limits = limits or EventLimits()
+        self._changes = ItemChanges(self._data)
         self._store: FeatureStore | None = None
 
     def push(self, draft: pl.DataFrame, now: datetime) -> Pushed:
@@ -158,18 +160,21 @@ class EventGate:
         none = pl.DataFrame(schema={name: EVENTS[name] for name in columns})
         touched = pl.concat([none, *(pl.read_parquet(part, columns=columns) for part in parts)])
         config, source = replace(self._config, until=now), load_source(self._data)
-        rows = rows_since(events, load_items(self._data), source, config, touched) if touched.height else {}
+        rows = rows_since(events, self._items(), source, config, touched) if touched.height else {}
         return list(parts), touched, rows
 
     def _cleaned(self, draft: pl.DataFrame, now: datetime) -> tuple[pl.DataFrame, pl.DataFrame]:
         rows = draft.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row"))
-        good, refused = clean_events(rows, known_items=load_items(self._data)["item_id"], now=now)
+        good, refused = clean_events(rows, known_items=self._items()["item_id"], now=now)
         events = with_event_ids(good).with_columns(good["row"].sort())
         if "event_id" in draft.columns:
             given = rows.select("row", pl.col("event_id").cast(pl.String).alias("given"))
             own = events.select("row").join(given, on="row", how="left", maintain_order="left")["given"]
             events = events.with_columns(pl.coalesce(own, pl.col("event_id")).alias("event_id"))
         return events, refused
+
+    def _items(self) -> pl.DataFrame:
+        return load_items_until(self._data, self._changes)[0]
 
     def _update(self, rows: dict[str, pl.DataFrame], now: datetime) -> None:
         self._store = store = self._store or open_own(self._workspace)

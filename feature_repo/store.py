@@ -24,6 +24,7 @@ from typing import Final
 import polars as pl
 
 from feature_repo.erased import ErasedUsers
+from feature_repo.item_changes import ItemChanges
 from feature_repo.sources.clean import reject
 from feature_repo.sources.raw import REJECTED, Raw
 from tandem.core.errors import InputError, NotFoundError, UnavailableError
@@ -76,6 +77,7 @@ def save_raw(raw: Raw, data_folder: Path, replace: bool) -> ImportCounts:
         if replace:
             _clear(data_folder)
         _check_kind(raw.source, data_folder)
+        _apply_changes(data_folder)
         return _write_all(raw, data_folder)
 
 
@@ -149,8 +151,12 @@ def mark_applied(part: Path) -> None:
 
 
 def compact(data_folder: Path) -> int:
-    """Put new events into `events.parquet`; returns how many there were. For whoever builds features from all events next."""
+    """Put new events into `events.parquet`, and items put or deleted into `items.parquet`; returns how many events there were.
+
+    For whoever builds features from all of it next.
+    """
     with held(data_folder / LOCK_FILE, "compaction", _WAIT_S):
+        _apply_changes(data_folder)
         parts = _parts(data_folder)
         if not parts:
             return 0
@@ -164,8 +170,23 @@ def compact(data_folder: Path) -> int:
 
 
 def load_items(data_folder: Path) -> pl.DataFrame:
-    """Items sorted by item_id."""
-    return _load(data_folder, ITEMS_FILE)
+    """Items sorted by item_id, with what was put and deleted one by one."""
+    return load_items_until(data_folder)[0]
+
+
+def load_items_until(data_folder: Path, changes: ItemChanges | None = None) -> tuple[pl.DataFrame, int]:
+    """`load_items`, and the moment (UTC microseconds) up to which single changes are in it; 0 where there never was one.
+
+    Whoever asks often gives the `changes` that it holds open.
+    """
+    return (changes or ItemChanges(data_folder)).over(_load(data_folder, ITEMS_FILE))
+
+
+def items_schema(data_folder: Path) -> dict[str, pl.DataType]:
+    """The columns that items have here."""
+    if not (data_folder / EVENTS_FILE).is_file():
+        raise _nothing_here(data_folder)
+    return dict(pl.read_parquet_schema(data_folder / ITEMS_FILE))
 
 
 def load_users(data_folder: Path) -> pl.DataFrame:
@@ -250,6 +271,22 @@ def _write_all(raw: Raw, folder: Path) -> ImportCounts:
     read = raw.events.height + refused
     sizes = {"events": events.height, "items": items.height, "users": users.height}
     return ImportCounts(read, appended, raw.events.height - appended, refused, raw.reasons, **sizes)
+
+
+def _apply_changes(folder: Path) -> None:
+    """Put single changes into `items.parquet`, then say so: after a crash in between they are put there again.
+
+    Where there is no data, as when an import starts over, they are only said to be: what they changed is gone.
+    """
+    changes = ItemChanges(folder)
+    whole = (folder / EVENTS_FILE).is_file() and (folder / ITEMS_FILE).is_file()
+    old = pl.read_parquet(folder / ITEMS_FILE) if whole else pl.DataFrame(schema=ITEMS)
+    items, until_us = changes.over(old)
+    if not until_us or until_us == changes.applied_us:
+        return
+    if whole:
+        write_parquet(items, folder / ITEMS_FILE)
+    changes.mark_applied(until_us)
 
 
 def _appended(old: pl.DataFrame, new: pl.DataFrame) -> tuple[pl.DataFrame, int]:

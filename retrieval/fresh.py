@@ -21,10 +21,7 @@ from retrieval.listing import ATTRIBUTE, AVAILABLE, CARD, CODES, INNER, Card, Li
 from retrieval.records import Record
 from retrieval.tier import FreshTier
 from tandem.core.errors import InputError
-from tandem.core.schema import ITEMS, check_id
-
-MOST_CATEGORIES: Final = 32
-"""Of one item that is put."""
+from tandem.core.schema import ITEMS, MAX_CATEGORIES, check_id
 
 _NOTHING: Final = -1
 
@@ -78,8 +75,8 @@ class FreshItems:
             wanted = kinds.get(name)
             if wanted is not None and value is not None and isinstance(value, str) != (wanted == "text"):
                 raise InputError(f"item {card.item_id!r}: {name} = {value!r} is no {wanted}, as that attribute's values are")
-        if len(card.categories) > MOST_CATEGORIES:
-            raise InputError(f"item {card.item_id!r} has {len(card.categories)} categories; an item may have {MOST_CATEGORIES}")
+        if len(card.categories) > MAX_CATEGORIES:
+            raise InputError(f"item {card.item_id!r} has {len(card.categories)} categories; an item may have {MAX_CATEGORIES}")
 
     def _frame(self, cards: Sequence[Card]) -> pl.DataFrame:
         """The columns that the content map reads."""
@@ -92,7 +89,7 @@ class FreshItems:
     def _columns(self, cards: Sequence[Card]) -> dict[str, NDArray[Any]]:
         columns = self._stock.columns
         words = columns.vocabulary
-        codes = np.full((len(cards), MOST_CATEGORIES), _NOTHING, np.int32)
+        codes = np.full((len(cards), MAX_CATEGORIES), _NOTHING, np.int32)
         whole = np.empty(len(cards), object)
         for row, card in enumerate(cards):
             own = [words.category(name) for name in dict.fromkeys(card.categories)]
@@ -123,7 +120,7 @@ def _empty_columns(stock: Stock) -> dict[str, NDArray[Any]]:
         INNER: np.empty((0, stock.towers.shape.linear), np.float32),
         CARD: np.empty(0, object),
         AVAILABLE: np.empty(0, np.int64),
-        CODES: np.empty((0, MOST_CATEGORIES), np.int32),
+        CODES: np.empty((0, MAX_CATEGORIES), np.int32),
     }
     empty |= {f"{ATTRIBUTE}{name}": np.empty(0, np.float64) for name in columns.numbers}
     return empty | {f"{ATTRIBUTE}{name}": np.empty(0, np.int32) for name in columns.texts}

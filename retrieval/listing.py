@@ -192,8 +192,11 @@ class Listing:
         return masks
 
     def gathered(self, name: str, main: NDArray[Any], rows: Ids) -> NDArray[Any]:
-        """Values of the release's column `main` (N, ...), with those of the fresh tier's column `name` over them."""
-        return self._merged(main, None if self.view is None else self._column(name), rows)
+        """Values of the release's column `main` (N, ...), those of the fresh tier's column `name` over them, cut to its width."""
+        if self.view is None:
+            return np.asarray(main[rows])
+        fresh = self._column(name)
+        return self._merged(main, fresh if main.ndim == 1 else fresh[:, : main.shape[1]], rows)
 
     def _over(self, main: Mask, fresh: Mask) -> Mask:
         """A mask over the release's items, and one over the fresh tier's rows, as one over dense ids."""

@@ -67,7 +67,8 @@ class Queries:
 class Retriever:
     """Towers, index and the other candidate sources over one catalogue; safe to share between threads.
 
-    Its parts never change. Items put or deleted since they were trained lie over them (`fresh`), and `listing` shows both.
+    Its parts never change; single changes of items up to `items_until` (UTC microseconds) were in the data. Items put or deleted
+    since lie over them (`fresh`), and `listing` shows both.
     """
 
     items: pl.DataFrame
@@ -77,6 +78,7 @@ class Retriever:
     counts: NDArray[np.float32]
     exclude_seen: bool
     sentence_weight: float = 3.0
+    items_until: int = 0
     fresh: FreshItems = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -253,6 +255,7 @@ class Retriever:
             "towers": self.towers.fingerprint,
             "counts": self.counts.astype(float).tolist(),
             "exclude_seen": self.exclude_seen,
+            "items_until": self.items_until,
         }
         write_json(folder / FACTS, facts)
 
@@ -274,7 +277,8 @@ class Retriever:
         if index.count != len(items):
             raise IncompatibleError(f"{folder.name}: the index holds {index.count} vectors, but there are {len(items)} items")
         covisit = ItemKNN.load(folder / COVISIT)
-        return cls(items, towers, index, covisit, np.array(facts["counts"], np.float32), facts["exclude_seen"], sentence_weight)
+        counts, until = np.array(facts["counts"], np.float32), facts.get("items_until", 0)
+        return cls(items, towers, index, covisit, counts, facts["exclude_seen"], sentence_weight, until)
 
 
 def _padded(masks: Mapping[str, NDArray[np.bool_]], count: int) -> dict[str, NDArray[np.bool_]]:

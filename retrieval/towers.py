@@ -180,6 +180,10 @@ class Towers:
         self._content = content
         self._text = text
 
+    def text_of(self, rows: np.ndarray) -> np.ndarray:
+        """Text vectors (n, T) of items by dense id, as the encoder gave them."""
+        return np.asarray(self._text[rows])
+
     @property
     def inner_vectors(self) -> np.ndarray:
         """(N, linear) float32: what stands for each item in a history that is pooled."""

@@ -23,7 +23,7 @@ from tandem.core.folders import read_json, write_json
 _FRAME: Final = struct.Struct("<4sII16s")
 """Mark, length of the payload, CRC-32 of mark and length (a damaged length must not look like an unfinished record), hash."""
 _MAGIC: Final = b"TJ01"
-_CARD_FILE: Final = "journal.json"
+CARD_FILE: Final = "journal.json"
 _LOCK_FILE: Final = "journal.lock"
 _FIRST: Final = "journal-00000001.bin"
 
@@ -95,7 +95,7 @@ class Journal:
         (self.folder / present).unlink(missing_ok=True)
 
     def _bind(self, bound_to: str) -> None:
-        path = self.folder / _CARD_FILE
+        path = self.folder / CARD_FILE
         if not path.is_file():
             write_json(path, {"bound_to": bound_to})
         found = read_json(path)["bound_to"]

@@ -126,6 +126,9 @@ class Source:
 
 MAX_ID_BYTES: Final = 256
 
+MAX_CATEGORIES: Final = 32
+"""Of an item that is put by itself."""
+
 
 def id_problem(value: str) -> str | None:
     """Why `value` cannot be an id, or None when it can."""

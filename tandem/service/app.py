@@ -5,6 +5,7 @@ In: settings and, for tests and embedding, an open recommender. Out: a FastAPI a
     GET  /                                     a page to try it
     POST /v1/recommend  /v1/similar            slates
     POST /v1/retrieve  /v1/rank                candidates before any ranking, the ranker alone: `*_routes.py`
+    PUT, DELETE /v1/items/ID                   single items: `item_routes.py`
     GET  /v1/why  /v1/releases  /v1/metrics    what happened to an item, what is there, Prometheus
     GET  /v1/healthz  /v1/readyz               open to everybody: the process runs; it takes requests
 
@@ -419,7 +420,7 @@ def create_app(settings: Settings, recommender: Recommender | None = None, *, fo
 
     Raises InputError when a key is not a SHA-256 hash, or when there are no keys and `service.host` is not a loopback address.
     """
-    from tandem.service import rank_routes, retrieve_routes  # they share this module's dependencies
+    from tandem.service import item_routes, rank_routes, retrieve_routes  # they share this module's dependencies
 
     check_keys(settings)
     app = FastAPI(title="Tandem", version="1", lifespan=_life, docs_url=None, redoc_url=None, dependencies=[Depends(known_host)])
@@ -428,6 +429,7 @@ def create_app(settings: Settings, recommender: Recommender | None = None, *, fo
     app.include_router(routes)
     app.include_router(retrieve_routes.routes)
     app.include_router(rank_routes.routes)
+    app.include_router(item_routes.routes)
     app.add_api_route("/metrics", metrics, include_in_schema=False, dependencies=[Depends(key_given)], response_class=Response)
     install(app)
     app.add_middleware(Crowd, most=settings.service.max_in_flight)

@@ -7,8 +7,7 @@ ranker saw in training is what it sees in a request.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +16,8 @@ from numpy.typing import NDArray
 
 from feature_repo.crosses import ItemColumns, RequestColumns, cross_columns
 from retrieval.candidates import Candidates
+from retrieval.filters import ALWAYS
+from retrieval.listing import AVAILABLE, CODES
 from retrieval.retriever import Retriever
 
 SOURCE_COLUMNS: Final = ("covisit", "popular", "history")
@@ -33,7 +34,10 @@ _NO_ITEM: Final = -1
 
 @dataclass(frozen=True)
 class CatalogueColumns:
-    """What the ranker knows of the catalogue beside its features, by dense id."""
+    """What the ranker knows of a release's items beside their features, by dense id.
+
+    `category_code` grows with the categories of items that are put later.
+    """
 
     items: ItemColumns
     category_code: dict[str, int]
@@ -41,8 +45,7 @@ class CatalogueColumns:
     @classmethod
     def of(cls, retriever: Retriever) -> CatalogueColumns:
         categories = retriever.items["categories"].to_list()
-        names = sorted({name for row in categories for name in row})
-        code = {name: number for number, name in enumerate(names)}
+        code = retriever.listing.stock.columns.vocabulary.categories
         table = np.full((len(categories), _CATEGORIES), -1, np.int64)
         for row, own in enumerate(categories):
             kept = [code[name] for name in dict.fromkeys(own)][:_CATEGORIES]
@@ -75,10 +78,13 @@ class Assembler:
         self.item_names = tuple(name for name in item_names if not name.endswith(("_time", "_from")))
         self.history_length = history_length
 
-    @cached_property
-    def popularity(self) -> NDArray[np.float32]:
-        """log(1 + training users) of every item."""
-        return np.log1p(self.retriever.counts).astype(np.float32)
+    def popularity(self, items: NDArray[np.int64]) -> NDArray[np.float32]:
+        """log(1 + training users) of items by dense id."""
+        return np.log1p(self.retriever.listing.counts(items)).astype(np.float32)
+
+    def categories(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(len(items), C) category codes, -1 as padding, as they are now."""
+        return self.retriever.listing.gathered(CODES, self.catalogue.items.categories, items)
 
     def users(self, rows: Sequence[Mapping[str, Any]], times_us: NDArray[np.int64]) -> Users:
         """`rows`: user features by name, None where missing; `times_us` (R,): the moments asked about."""
@@ -105,9 +111,8 @@ class Assembler:
 
     def _history(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         items, times = row.get("history_items") or (), row.get("history_times") or ()
-        known = [
-            (self.retriever.row_of[item], time) for item, time in zip(items, times, strict=True) if item in self.retriever.row_of
-        ]
+        row_of = self.retriever.listing.row
+        known = [(at, time) for item, time in zip(items, times, strict=True) if (at := row_of(item)) is not None]
         return [item for item, _ in known[-self.history_length :]], [time for _, time in known[-self.history_length :]]
 
     def features(
@@ -119,11 +124,12 @@ class Assembler:
         """
         request, item = pairs(found)
         empty = np.full(len(item), np.nan)
+        context, columns_of, place = self._now(users.context, item)
         crosses = cross_columns(
-            users.context,
-            self.catalogue.items,
+            context,
+            columns_of,
             request,
-            item,
+            place,
             item_first_time=item_columns.get("item_first_time", empty),
             item_last_time=item_columns.get("item_last_time", empty),
         )
@@ -131,7 +137,7 @@ class Assembler:
         columns: dict[str, NDArray[Any]] = {
             "tower_score": tower[here],
             "tower_rank": _ranks(tower)[here],
-            "popularity": self.popularity[item],
+            "popularity": self.popularity(item),
         }
         for source in SOURCE_COLUMNS:
             if source in found.scores:
@@ -141,6 +147,28 @@ class Assembler:
         columns |= {name: item_columns[name] for name in self.item_names}
         matrix = np.stack([np.asarray(column, np.float32) for column in columns.values()], axis=1)
         return matrix, tuple(columns)
+
+    def _now(self, context: RequestColumns, item: NDArray[np.int64]) -> tuple[RequestColumns, ItemColumns, NDArray[np.int64]]:
+        """The request, its items' columns and the pairs' items in them, as the catalogue is now.
+
+        Where something was put since the release, only the items asked about are gathered, and renumbered: crosses do not depend
+        on the numbers.
+        """
+        listing = self.retriever.listing
+        if listing.view is None:
+            return context, self.catalogue.items, item
+        history = context.history
+        rows = np.unique(np.concatenate([history[history >= 0], item]))
+        local = np.where(history >= 0, np.searchsorted(rows, history), _NO_ITEM)
+        own = self.catalogue.items
+        available = listing.gathered(AVAILABLE, listing.stock.columns.available, rows)
+        columns = ItemColumns(
+            self.categories(rows),
+            None if own.price is None else listing.attribute("price", rows),
+            listing.text_vectors(rows),
+            np.where(available == ALWAYS, _NO_ITEM, available),
+        )
+        return replace(context, history=local), columns, np.searchsorted(rows, item)
 
 
 def pairs(found: Candidates) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

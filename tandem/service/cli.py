@@ -27,12 +27,14 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help="A recommender a team can run."
 )
 features = typer.Typer(no_args_is_help=True, help="What is known about users and items, and when.")
+items = typer.Typer(no_args_is_help=True, help="Single items, put and deleted while a service runs.")
 users = typer.Typer(no_args_is_help=True, help="People, and their right to be forgotten.")
 release = typer.Typer(no_args_is_help=True, help="Which release is live, and why.")
 app.add_typer(features, name="features")
 app.add_typer(release, name="release")
 app.add_typer(users, name="users")
 app.add_typer(experiment, name="experiment")
+app.add_typer(items, name="items")
 
 Count = Annotated[int, typer.Option("-k", "--count", min=1, help="How many items.")]
 Name = Annotated[str, typer.Argument(metavar="RELEASE", help="Name of a release, as `tandem release list` shows it.")]
@@ -144,6 +146,28 @@ def features_push(
 def features_check(context: typer.Context, as_json: Json = False) -> None:
     """Leakage, parity online and as served, freshness, drift: one table; exit code 3 when a check fails."""
     run(context, as_json, recipe(lambda settings, recipes: recipes.features_check(settings)))
+
+
+@items.command("put")
+def items_put(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="CSV, Parquet or JSON lines with the columns of the workspace's items.")],
+    as_json: Json = False,
+) -> None:
+    """List items, or list them as they are now."""
+
+    def work(settings: Settings, progress: Progress) -> Outcome:
+        from tandem.service import recipes
+
+        return recipes.items_put(settings, file, progress)
+
+    run(context, as_json, work)
+
+
+@items.command("delete")
+def items_delete(context: typer.Context, item: Annotated[str, typer.Argument(metavar="ITEM")], as_json: Json = False) -> None:
+    """Take an item out of every answer."""
+    run(context, as_json, recipe(lambda settings, recipes: recipes.items_delete(settings, item)))
 
 
 @users.command("erase")

@@ -121,12 +121,14 @@ def expected_clicks(
 ) -> dict[str, float]:
     """Mean expected clicks of each system's first ten, and of the best possible ten; empty where no truth is known.
 
-    People who came into the world later, by a push or an import, have no truth and are left out.
+    People who came into the world later, by a push or an import, have no truth and are left out; items that did count as never
+    clicked, and those that are gone are not in the best ten.
     """
     if not folder.is_dir():
         return {}
     world = WorldTruth.load(folder)
-    ids = data.items["item_id"].to_numpy()
+    ids, in_world = data.items["item_id"].to_numpy(), set(world.item_ids)
+    gone = sorted(in_world - set(ids))
     known = requests["user_id"].is_in(list(world.user_ids)).to_numpy()
     requests, barred = requests.filter(known), [out for out, own in zip(barred, known, strict=True) if own]
     if requests.is_empty():
@@ -137,7 +139,7 @@ def expected_clicks(
         name: float(
             np.mean(
                 [
-                    world.expected_clicks(user, time, [ids[item] for item in row[:10] if item >= 0])
+                    world.expected_clicks(user, time, [ids[item] for item in row[:10] if item >= 0 and ids[item] in in_world])
                     for (user, time), row in zip(asked, ranked, strict=True)
                 ]
             )
@@ -145,7 +147,7 @@ def expected_clicks(
         for name, ranked in systems.items()
     }
     best = [
-        world.expected_clicks(user, time, world.best_slate(user, time, 10, exclude=[ids[item] for item in out]))
+        world.expected_clicks(user, time, world.best_slate(user, time, 10, exclude=[*gone, *in_world.intersection(ids[out])]))
         for (user, time), out in zip(asked, barred, strict=True)
     ]
     return means | {"best possible": float(np.mean(best))}

@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from feature_repo.splits import SplitConfig, SplitResult, make_requests
-from feature_repo.store import load_events, load_items, load_source
+from feature_repo.store import load_events, load_items_until, load_source
 from feature_repo.views import read_views
 from ranking.batches import Examples
 from ranking.calibrate import calibrate
@@ -52,14 +52,19 @@ class Dataset:
     items: pl.DataFrame
     source: Source
     split: SplitResult
+    items_until: int = 0
 
     @classmethod
     def load(cls, settings: Settings) -> Dataset:
         """Items stand in the order of their ids: that order is the dense id of everything trained from here."""
         events, source = load_events(settings.data), load_source(settings.data)
-        items = load_items(settings.data).sort("item_id")
+        items, until = load_items_until(settings.data)
         split = make_requests(events, source, _split_config(settings, source))
-        return cls(events, items, source, split)
+        return cls(events, items.sort("item_id"), source, split, until)
+
+    def over(self, retriever: Retriever) -> Dataset:
+        """The same with the items that a retriever was trained on: single items may have been put or deleted since."""
+        return replace(self, items=retriever.items)
 
     @cached_property
     def history_events(self) -> pl.DataFrame:
@@ -126,7 +131,8 @@ def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progr
     index = VectorIndex.build(towers.item_vectors, settings.index, queries)
     counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
     progress("train towers", 1, 1)
-    return Retriever(data.items, towers, index, ItemKNN.fit(matrix, _NEIGHBOURS), counts, data.source.exclude_seen), encoder
+    covisit, until = ItemKNN.fit(matrix, _NEIGHBOURS), data.items_until
+    return Retriever(data.items, towers, index, covisit, counts, data.source.exclude_seen, items_until=until), encoder
 
 
 def tower_config(settings: Settings) -> TowerConfig:

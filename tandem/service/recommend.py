@@ -26,10 +26,12 @@ from ranking.ranker import Ranker, probabilities
 from ranking.rerank import by_score, explore, mmr
 from retrieval.candidates import Candidates
 from retrieval.filters import CATEGORY, Filters
+from retrieval.listing import Listing
 from retrieval.retriever import Queries, Retriever
-from tandem.core.errors import InputError, NotFoundError
-from tandem.core.schema import check_id
+from tandem.core.errors import InputError, NotFoundError, UnavailableError
+from tandem.core.schema import MICROSECONDS_PER_DAY, check_id
 from tandem.service.assemble import Assembler, Users, pairs
+from tandem.service.live_items import LiveItems
 from tandem.service.retrieve import Retrieved, retrieved_items
 from tandem.service.settings import RerankSettings
 
@@ -152,6 +154,7 @@ class Parts:
     clock: Callable[[], datetime]
     stale_after: timedelta | None = None
     """Item features older than this count as missing."""
+    live: LiveItems | None = None
 
 
 class _Clock:
@@ -196,15 +199,13 @@ class Recommender:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.release = parts.release
-        self._titles = parts.retriever.items["title"].to_list()
-        self._categories = parts.retriever.items["categories"].to_list()
         self._popularity = _percentiles(parts.retriever.counts)
         self._rng = np.random.default_rng()
 
     def recommend(self, ask: Ask, now: datetime | None = None) -> Slate:
         """The spine. Unknown users, items and words are answered; raises InputError only for an ask that means nothing."""
         ask, now = _checked(ask), now or self._parts.clock()
-        clock = _Clock(ask.deadline)
+        clock = self._started(ask.deadline)
         users, cold, read = self._user(ask, now, clock)
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
@@ -222,13 +223,13 @@ class Recommender:
     def retrieve(self, ask: Ask, now: datetime | None = None) -> Retrieved:
         """The spine up to its candidates: k of them, with the rank and score of each source that named them."""
         ask, now = _checked(ask), now or self._parts.clock()
-        clock, retriever = _Clock(ask.deadline), self._parts.retriever
+        clock, retriever = self._started(ask.deadline), self._parts.retriever
         users, cold, _ = self._user(ask, now, clock)
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
         found, tower = self._candidates(queries, ask.k, clock)
         rows = found.ids[0].tolist()
-        items = retrieved_items(found, tower[0], [retriever.item_ids[row] for row in rows], [self._titles[row] for row in rows])
+        items = retrieved_items(found, tower[0], [self._now.item_id(row) for row in rows], [self._now.title(row) for row in rows])
         eligible, removed = retriever.eligible(queries)
         request_id = ask.request_id or uuid.uuid4().hex
         return Retrieved(
@@ -244,7 +245,7 @@ class Recommender:
         own = tuple(dict.fromkeys(check_id(each, "item_id") for each in item_ids))
         filters = replace(ask.filters, include=own, seen=True, available=False)
         ask, now = _checked(replace(ask, k=max(len(own), 1), filters=filters)), now or self._parts.clock()
-        clock = _Clock(ask.deadline)
+        clock = self._started(ask.deadline)
         users, cold, _ = self._user(ask, now, clock)
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
@@ -259,24 +260,25 @@ class Recommender:
 
     def similar(self, item_id: str, k: int = 10, filters: Filters | None = None, now: datetime | None = None) -> Slate:
         """The items nearest to one. Raises NotFoundError for an item that the release does not hold."""
-        retriever, clock, filters = self._parts.retriever, _Clock(), filters or Filters()
+        retriever, clock, filters = self._parts.retriever, self._started(), filters or Filters()
         item = self._row(item_id)
         with clock.stage("similar"):
             masks = retriever.masks(filters, _us(now or self._parts.clock()))
             rows, scores = retriever.similar(item, k, masks, retriever.rows(filters.exclude))
-        title = self._titles[item]
+        title = self._now.title(item)
         items = tuple(
             SlateItem(
-                retriever.item_ids[row], self._titles[row], tuple(self._categories[row]), float(score), {},
+                self._now.item_id(row), self._now.title(row), self._now.categories(row), float(score), {},
                 f"Similar to {title}", "similar_to", "towers", place + 1, 1.0,
             )
             for place, (row, score) in enumerate(zip(rows.tolist(), scores, strict=True))
         )  # fmt: skip
-        return Slate(items, self.release, uuid.uuid4().hex, (), clock.total())
+        return Slate(items, self.release, uuid.uuid4().hex, tuple(clock.degraded), clock.total())
 
     def why(self, user_id: str, item_id: str, now: datetime | None = None) -> Why:
         """Which stage dropped the item for this user, or at what rank and score it passed each of them."""
-        item, now, clock = self._row(item_id), now or self._parts.clock(), _Clock()
+        now, clock = now or self._parts.clock(), self._started()
+        item = self._row(item_id)
         ask = _checked(Ask(user_id=user_id))
         users, _, _ = self._user(ask, now, clock)
         queries = self._queries(ask, users, None, now)
@@ -286,7 +288,7 @@ class Recommender:
         ]
         stages += [(f"candidates: {name}", "found", rank + 1, score) for name, (rank, score) in traced.found.items()]
         if traced.removed is not None:
-            return Why(user_id, item_id, self._titles[item], _removed(traced.removed), tuple(stages))
+            return Why(user_id, item_id, self._now.title(item), _removed(traced.removed), tuple(stages))
         found, tower = self._candidates(queries, self._parts.config.k, clock)
         features, names = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
@@ -305,7 +307,26 @@ class Recommender:
             if len(shown)
             else f"ranked {rank} of {len(scores)} candidates: not among the first 10"
         )
-        return Why(user_id, item_id, self._titles[item], verdict, tuple(stages))
+        return Why(user_id, item_id, self._now.title(item), verdict, tuple(stages))
+
+    @property
+    def live(self) -> LiveItems:
+        """Where single items are put and deleted. Raises UnavailableError for a release without a workspace."""
+        if self._parts.live is None:
+            raise UnavailableError(f"{self.release} answers without a workspace; open it in one to change items")
+        return self._parts.live
+
+    def _started(self, deadline: float = math.inf) -> _Clock:
+        """A request's clock, after a look at what was put and deleted since the last one."""
+        clock = _Clock(deadline)
+        if self._parts.live is not None and not self._parts.live.look():
+            clock.degraded.append("item_changes_unavailable")
+        return clock
+
+    @property
+    def _now(self) -> Listing:
+        """The catalogue of this moment. Dense ids keep their meaning, so stages may each look at a newer one."""
+        return self._parts.retriever.listing
 
     @property
     def attributes(self) -> Mapping[str, str]:
@@ -399,7 +420,7 @@ class Recommender:
                 found.names,
             )
         if not found.ids.shape[1]:
-            clock.degraded.append("empty_catalogue" if not len(self._titles) else "nothing_eligible")
+            clock.degraded.append("nothing_eligible" if self._now.listed.any() else "empty_catalogue")
         return found, tower[:, real]
 
     def _usable_as_of(self, now: datetime, clock: _Clock) -> datetime | None:
@@ -425,7 +446,14 @@ class Recommender:
         known = self._parts.items
         if known is None or as_of is None:
             return dict.fromkeys(self._parts.assembler.item_names, np.full(len(items), np.nan))
-        return dict(zip(known.names, known.gather(items).T, strict=True))
+        old = items < len(self._parts.retriever.items)
+        values = np.full((len(items), len(known.names)), np.nan)
+        values[old] = known.gather(items[old])
+        columns = dict(zip(known.names, values.T, strict=True))
+        changed = self._now.changed(items)
+        for name in set(columns) & self._now.stock.columns.numbers.keys() if changed.any() else ():
+            columns[name][changed] = self._now.attribute(name, items[changed])  # an attribute is known as soon as it is put
+        return columns
 
     def _predict(
         self, found: Candidates, tower: NDArray[np.float32], features: NDArray[np.float32], names: tuple[str, ...], clock: _Clock
@@ -456,7 +484,7 @@ class Recommender:
         order, propensity = by_score(scores)[:k], np.ones(min(k, len(scores)))
         with clock.stage("rerank", "rerank_skipped"):
             clock.in_time()
-            categories = self._parts.assembler.catalogue.items.categories[found.ids[0]]
+            categories = self._parts.assembler.categories(found.ids[0])
             if own.epsilon > 0:
                 explored = explore(mmr(scores, categories, own.diversity, 2 * k), k, own.epsilon, min(own.slot, k - 1), self._rng)
                 order, propensity = explored.order, explored.propensity
@@ -486,7 +514,7 @@ class Recommender:
                 why = reason(self._evidence(row, nearest[place], None if close is None else float(close[place]), users, now))
                 items.append(
                     SlateItem(
-                        self._parts.retriever.item_ids[row], self._titles[row], tuple(self._categories[row]), float(scores[at]),
+                        self._now.item_id(row), self._now.title(row), self._now.categories(row), float(scores[at]),
                         {name: float(values[at]) for name, values in predictions.items()}, why.sentence, why.code,
                         found.names[int(found.source[0, at])], place + 1, float(propensity[place]),
                     )
@@ -496,34 +524,34 @@ class Recommender:
     def _nearest_history(self, users: Users, items: NDArray[np.int64]) -> list[tuple[str, float] | None]:
         """Per item the most similar of the last 20 history items, by text: its title and their cosine."""
         history = users.histories[0]
-        history = history[history >= 0][-20:]
+        history = history[history >= 0]
+        history = history[self._now.listed[history]][-20:]  # a deleted item is not spoken of
         if not len(history):
             return [None] * len(items)
-        vectors = self._parts.retriever.towers.text_vectors
-        cosine = vectors[items] @ vectors[history].T
+        cosine = self._now.text_vectors(items) @ self._now.text_vectors(history).T
         cosine[items[:, None] == history[None, :]] = -1.0
         best = cosine.argmax(1)
-        return [(self._titles[history[at]], float(cosine[place, at])) for place, at in enumerate(best)]
+        return [(self._now.title(history[at]), float(cosine[place, at])) for place, at in enumerate(best)]
 
     def _close_to_words(self, queries: Queries, items: NDArray[np.int64]) -> NDArray[np.float32] | None:
         if queries.sentences is None:
             return None
         towers = self._parts.retriever.towers
         words = self._parts.retriever.vectors(queries)[0, towers.shape.dimension + 1 :]
-        return np.asarray(towers.text_vectors[items] @ (words / (np.linalg.norm(words) + 1e-9)), np.float32)
+        return np.asarray(self._now.text_vectors(items) @ (words / (np.linalg.norm(words) + 1e-9)), np.float32)
 
     def _evidence(self, row: int, near: tuple[str, float] | None, close: float | None, users: Users, now: datetime) -> Evidence:
-        age = self._parts.retriever.items["available_from"][row]
+        since = self._now.available_us(row)
         codes, shares = users.context.top_categories[0], users.context.category_shares[0]
         names = self._parts.assembler.catalogue.category_code
-        share = {name: float(shares[codes == names[name]].sum()) for name in self._categories[row]}
+        share = {name: float(shares[codes == names[name]].sum()) for name in self._now.categories(row)}
         favourite = max(share, key=share.__getitem__, default=None)
         return Evidence(
             similar_title=near[0] if near else None,
             similarity=near[1] if near else None,
             query_similarity=close,
-            popularity=float(self._popularity[row]),
-            age_days=None if age is None else (now - age).total_seconds() / 86_400,
+            popularity=float(self._popularity[row]) if row < len(self._popularity) else 0.0,
+            age_days=None if since is None else (_us(now) - since) / MICROSECONDS_PER_DAY,
             category=favourite,
             category_share=share[favourite] if favourite else None,
         )
@@ -563,11 +591,12 @@ class Recommender:
 
     def _row(self, item_id: str) -> int:
         item_id = check_id(item_id, "item_id")
-        if item_id not in self._parts.retriever.row_of:
+        row = self._now.row(item_id)
+        if row is None or not self._now.listed[row]:
             raise NotFoundError(
                 f"release {self.release} holds no item {item_id!r}; `tandem search WORDS` finds items by their text"
             )
-        return self._parts.retriever.row_of[item_id]
+        return row
 
 
 def _checked(ask: Ask) -> Ask:

@@ -31,6 +31,7 @@ from tandem.service.assemble import Assembler
 from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
 from tandem.service.learn import open_assembler
+from tandem.service.live_items import LiveItems
 from tandem.service.recommend import Parts, Recommender, UserRows
 from tandem.service.settings import EncoderSettings, Settings
 from tandem.service.texts import ADAPTER, text_encoder
@@ -67,6 +68,7 @@ def _in_workspace(
 ) -> Recommender:
     """A recommender over the workspace's features; `folder` has the text encoder's facts."""
     views = read_views(settings.feature_tables)
+    encoder = LazyEncoder(folder, settings)
     return Recommender(
         Parts(
             release=name,
@@ -76,13 +78,14 @@ def _in_workspace(
             items=LiveSnapshot(settings.workspace / "snapshot", retriever.item_ids),
             users=GuardedUsers(open_users(settings.workspace)),
             seen=SeenInEvents(settings.data),
-            encode=LazyEncoder(folder, settings),
+            encode=encoder,
             log=log,
             config=replace(settings.candidates, k=settings.ranker.candidates),
             rerank=settings.rerank,
             views=view_versions({view.name: view.version for view in views}),
             clock=make_clock(settings),
             stale_after=settings.checks.freshness.stale,
+            live=LiveItems(settings.data, retriever, encoder),
         )
     )
 
@@ -111,6 +114,14 @@ def load_folder(folder: Path) -> Recommender:
             replace(settings.candidates, k=settings.ranker.candidates), settings.rerank, "{}", lambda: datetime.now(UTC),
         )
     )  # fmt: skip
+
+
+def champions_encoder(settings: Settings) -> LazyEncoder | None:
+    """The text encoder of the release that is live; None where none is."""
+    try:
+        return LazyEncoder(_which(settings, None)[0], settings)
+    except NotFoundError:
+        return None
 
 
 def _which(settings: Settings, release: str | None) -> tuple[Path, str | None]:
@@ -210,6 +221,15 @@ class LazyEncoder:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return self._opened.encode(texts, as_query=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder that the towers were trained with."""
+        return str(self._facts["fingerprint"])
+
+    def items(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of items' texts (n, T), as in training."""
+        return self._opened.encode(texts)
 
     def truncates(self, text: str) -> bool:
         return self._opened.truncates(text, as_query=True)

@@ -15,6 +15,7 @@ from feature_repo.store import compact
 from tandem.core.errors import GateRefusedError
 from tandem.core.folders import content_hash, file_hash, read_json, write_json
 from tandem.service.outcome import Outcome
+from tandem.service.recipes.changes import items_delete, items_put
 from tandem.service.recipes.data import (
     features_apply,
     features_build,
@@ -66,6 +67,8 @@ __all__ = [
     "features_materialize",
     "features_push",
     "import_source",
+    "items_delete",
+    "items_put",
     "quiet",
     "release_at",
     "release_create",

@@ -75,8 +75,8 @@ def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     from retrieval.retriever import Retriever
     from tandem.service.learn import Dataset, Offline, train_ranking
 
-    data = Dataset.load(settings)
     retriever = Retriever.load(settings.models / RETRIEVAL)
+    data = Dataset.load(settings).over(retriever)
     progress("train ranker", 0, 1)
     with writing(settings, "train"), tracked_run(settings, "ranker") as log:
         ranker = train_ranking(settings, data, Offline(settings, data, retriever, open_store(settings.workspace)), log.metrics)
@@ -111,8 +111,8 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
     from tandem.service.learn import Dataset, Offline
     from tandem.service.measured import MEASURED, measure
 
-    data = Dataset.load(settings)
     retriever = Retriever.load(settings.models / RETRIEVAL)
+    data = Dataset.load(settings).over(retriever)
     check_ranker_link(settings, retriever.towers.fingerprint)
     ranker = Ranker.load(settings.models / RANKER)
     store = open_store(settings.workspace)

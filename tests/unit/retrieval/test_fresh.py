@@ -14,11 +14,12 @@ from retrieval.batches import pad_left
 from retrieval.candidates import CandidateConfig
 from retrieval.content import content_matrix
 from retrieval.filters import Filters, Range
-from retrieval.fresh import MOST_CATEGORIES, card_of
+from retrieval.fresh import card_of
 from retrieval.index import IndexConfig, VectorIndex
 from retrieval.listing import Card
 from retrieval.retriever import Queries, Retriever
 from tandem.core.errors import InputError
+from tandem.core.schema import MAX_CATEGORIES
 
 ITEMS = 60
 NOW = 2**60
@@ -228,7 +229,7 @@ def test_the_content_of_a_put_item_is_read_with_the_catalogues_own_columns(live:
         ([Card("a", "t", "t"), Card("a", "t", "t")], "1 of them different"),
         ([Card("a", "t", "t", (), None, {"price": "dear"})], "'dear' is no number"),
         ([Card("a", "t", "t", (), None, {"colour": 3})], "3 is no text"),
-        ([Card("a", "t", "t", tuple(str(each) for each in range(MOST_CATEGORIES + 1)))], "33 categories"),
+        ([Card("a", "t", "t", tuple(str(each) for each in range(MAX_CATEGORIES + 1)))], "33 categories"),
     ],
 )
 def test_a_bad_item_is_refused_and_changes_nothing(live: Retriever, cards: list[Card], said: str) -> None:

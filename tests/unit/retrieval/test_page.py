@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from retrieval.baselines import ItemKNN
 from retrieval.batches import cut_places
+from retrieval.content import content_matrix
 from retrieval.index import IndexConfig, VectorIndex
 from retrieval.kinds import NAMES
 from retrieval.retriever import Retriever
@@ -29,8 +30,6 @@ def save_retriever(folder: Path) -> None:
     sequences = [noise.permutation(ITEMS)[:6] for _ in range(40)]
     histories = Histories(sequences, [np.ones(6, bool)] * 40, [cut_places(np.arange(6))] * 40, exclude_seen=True)
     config = TowerConfig(dimension=8, text_block=6, history=20, epochs=1, ridge=10.0, sequence=SequenceConfig(width=8, rounds=1))
-    towers = train_towers(Catalogue(text, text), histories, config, lambda _: None)
-    matrix = sp.csr_matrix((np.ones(240, np.float32), (np.repeat(np.arange(40), 6), np.concatenate(sequences))), (40, ITEMS))
     columns = {
         "item_id": [f"i{number:02}" for number in range(ITEMS)],
         "title": [f"Item {number}" for number in range(ITEMS)],
@@ -39,6 +38,8 @@ def save_retriever(folder: Path) -> None:
         "price": [float(number) for number in range(ITEMS)],
     }
     items = pl.DataFrame(columns, schema_overrides={"available_from": pl.Datetime("us", "UTC")})
+    towers = train_towers(Catalogue(content_matrix(items, text), text), histories, config, lambda _: None)
+    matrix = sp.csr_matrix((np.ones(240, np.float32), (np.repeat(np.arange(40), 6), np.concatenate(sequences))), (40, ITEMS))
     counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
     folder.mkdir(parents=True)
     index = VectorIndex.build(towers.item_vectors)
@@ -50,7 +51,7 @@ def test_the_programs_of_the_page_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_retriever(Path("workspace/models/retrieval"))
-    search, filtered, change = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    search, filtered, change, put = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(search, "docs/retrieval.md", "exec"), names)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -65,6 +66,8 @@ def test_the_programs_of_the_page_run(
     listed = capsys.readouterr().out
     assert "a new mug" in listed
     assert "i01" not in listed
+    exec(compile(put, "docs/retrieval.md", "exec"), names)
+    assert capsys.readouterr().out == "A new mug\n"
 
 
 def test_the_kinds_of_the_page_are_those_that_have_a_name() -> None:
