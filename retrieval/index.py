@@ -41,7 +41,8 @@ _POINTS_PER_CENTRE: Final = 64
 class VectorIndex:
     """A built, tuned, immutable index. `recall` was measured against exact search; `breadth` is efSearch or nprobe.
 
-    `widen`: kinds that re-score (`...,RFlat`) do so with that many times k candidates.
+    `widen`: kinds that re-score (`...,RFlat`) do so with that many times k candidates. `milliseconds`: of one query, measured
+    where there was a budget for it; None elsewhere.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class VectorIndex:
     config: IndexConfig
     index: Any = field(repr=False)
     widen: int = 1
+    milliseconds: float | None = None
     _codes: Codes | None = field(default=None, repr=False)
     _gpu: Any = field(default=None, repr=False)
     _gpu_turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -90,6 +92,11 @@ class VectorIndex:
             return self._exact(queries, k, allowed)
         return self._search_index(queries, k, allowed, eligible)
 
+    @property
+    def in_budget(self) -> bool | None:
+        """Was one query answered within `config.budget_ms` when the index was built? None where nobody asked."""
+        return None if self.milliseconds is None else self.milliseconds <= self.config.budget_ms
+
     def vectors(self, ids: Ids) -> Floats:
         """Stored vectors (len(ids), D) float32; of a compressing kind, what it kept of them."""
         return np.asarray(self.index.reconstruct_batch(np.asarray(ids, np.int64)), np.float32)
@@ -107,6 +114,7 @@ class VectorIndex:
                 "recall": self.recall,
                 "breadth": self.breadth,
                 "widen": self.widen,
+                **({} if self.milliseconds is None else {"milliseconds": self.milliseconds}),
                 "config": asdict(self.config),
                 "sha256": file_hash(partial / _INDEX_FILE),
             }
@@ -128,7 +136,9 @@ class VectorIndex:
         config = _read_config(card["config"])
         gpu = _to_gpu(index, card["kind"], config)
         facts = {name: card[name] for name in ("kind", "dimension", "count", "recall", "breadth")}
-        loaded = cls(**facts, config=config, index=index, widen=card.get("widen", 1), _gpu=gpu)
+        loaded = cls(
+            **facts, config=config, index=index, widen=card.get("widen", 1), milliseconds=card.get("milliseconds"), _gpu=gpu
+        )
         return replace(loaded, _codes=Codes.of(loaded._stored())) if loaded.kind == INT8 else loaded
 
     def _tuned(self, vectors: Floats, queries: Floats) -> Self:

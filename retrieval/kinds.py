@@ -33,7 +33,9 @@ class IndexConfig:
     float16 halves the memory, int8 quarters it, and recall says what that costs (int8 alone may miss a high target).
 
     The index is tuned to the narrowest search whose recall@`k` on real queries reaches `target_recall`; `tuning_queries` bounds
-    how many of them are asked. `device`: "auto" uses a GPU when faiss and the machine have one, "cpu" never does.
+    how many of them are asked. With `budget_ms` (0: none) auto tries the kinds and takes the fastest that reaches the target, if
+    one query takes it no longer than that (`tune.py`). `device`: "auto" uses a GPU when faiss and the machine have one, "cpu"
+    never does.
     """
 
     kind: str = "auto"
@@ -44,12 +46,15 @@ class IndexConfig:
     allow_empty: bool = False
     device: Literal["auto", "cpu"] = "auto"
     storage: Storage = "float32"
+    budget_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.target_recall <= 1:
             raise InputError(f"target_recall = {self.target_recall} is not a share in (0, 1]; 0.98 is the default")
         if min(self.k, self.construction, self.tuning_queries) < 1:
             raise InputError("index: k, construction and tuning_queries must each be 1 or more")
+        if not 0 <= self.budget_ms < float("inf"):
+            raise InputError(f"index: budget_ms = {self.budget_ms} is no time; use milliseconds, or 0 for no budget")
         if self.storage not in _STORED:
             raise InputError(f"index: storage = {self.storage!r} is none of {list(_STORED)}; choose one of them")
         if self.storage != "float32" and self.kind.lower() not in ("auto", "flat", "hnsw", "ivf"):

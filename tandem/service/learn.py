@@ -28,9 +28,9 @@ from retrieval.batches import cut_places, pad_left
 from retrieval.candidates import Candidates
 from retrieval.content import content_matrix
 from retrieval.encoder import TextEncoder
-from retrieval.index import VectorIndex
 from retrieval.retriever import Queries, Retriever
 from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
+from retrieval.tune import build_index
 from tandem.core.errors import InputError
 from tandem.core.schema import MICROSECONDS_PER_DAY, Source
 from tandem.service.assemble import WITHIN_REQUEST, Assembler, pairs
@@ -128,7 +128,7 @@ def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progr
     towers = train_towers(catalogue, histories, config, log, settings.state / "towers")
     matrix = data.training_matrix()
     queries = towers.query(pad_left(list(histories.sequences[: settings.index.tuning_queries * 4]), config.history))
-    index = VectorIndex.build(towers.item_vectors, settings.index, queries)
+    index = build_index(towers.item_vectors, settings.index, queries)
     counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
     progress("train towers", 1, 1)
     covisit, until = ItemKNN.fit(matrix, _NEIGHBOURS), data.items_until

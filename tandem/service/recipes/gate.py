@@ -131,5 +131,8 @@ def _figures(release: Release) -> dict[str, float | None]:
     figures = dict(release.manifest.metrics) | numbers(measured, "measured/")
     figures["bytes"] = float(sum((release.folder / name).stat().st_size for name in release.manifest.files))
     if _INDEX in release.manifest.files:
-        figures["index/recall"] = read_json(release.folder / _INDEX)["recall"]
+        card = read_json(release.folder / _INDEX)
+        figures["index/recall"] = card["recall"]
+        if "milliseconds" in card:
+            figures["index/ms"] = card["milliseconds"]
     return figures

@@ -25,6 +25,7 @@ from tandem.service.settings import Settings
 if TYPE_CHECKING:
     from registry.store import Release
     from retrieval.encoder import TextEncoder
+    from retrieval.index import VectorIndex
     from tandem.service.evaluation import Evaluation, Rival
     from tandem.service.learn import Dataset
 
@@ -66,7 +67,15 @@ def _train_towers(settings: Settings, progress: Progress) -> dict[str, Any]:
         "best_epoch": retriever.towers.facts["best_epoch"],
         "index": retriever.index.kind,
         "index_recall": retriever.index.recall,
+        **_budgeted(retriever.index),
     }
+
+
+def _budgeted(index: VectorIndex) -> dict[str, Any]:
+    """What a budget of milliseconds came to, where there was one."""
+    if index.milliseconds is None:
+        return {}
+    return {"index_ms": index.milliseconds, "index_budget_ms": index.config.budget_ms, "index_in_budget": bool(index.in_budget)}
 
 
 def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
