@@ -19,7 +19,7 @@ TO_RUN := $(VENV)/.installed-$(EXTRA)
 TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
 ALL_TESTS := --numprocesses 2 --dist loadfile --cov --cov-report=term
 
-.PHONY: demo test lint accept bench bench-features bench-retrieval bench-quality clean
+.PHONY: demo test lint accept accept-retrieval bench bench-features bench-retrieval bench-quality clean
 
 demo: $(TO_RUN)
 	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
@@ -35,6 +35,9 @@ lint: $(TO_TEST)
 
 accept: $(TO_TEST)
 	$(BIN)/python tests/benchmarks/accept.py
+
+accept-retrieval: $(TO_TEST)  # a million items, built, searched and changed at once: ten minutes, 4 GiB
+	$(BIN)/python -P tests/benchmarks/accept_retrieval.py
 
 bench: $(TO_TEST)
 	$(BIN)/python tests/benchmarks/run.py
