@@ -7,6 +7,7 @@ A built index never changes: searches may run from many threads at once.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,10 +104,8 @@ class VectorIndex:
 
     def save(self, folder: Path) -> None:
         """Write index.faiss and index.json as one whole folder; an older one stays in place until the new one is complete."""
-        faiss = _faiss()
-
         with whole_folder(folder) as partial:
-            faiss.write_index(self.index, str(partial / _INDEX_FILE))
+            _write(self.index, partial / _INDEX_FILE)
             card = {
                 "kind": self.kind,
                 "dimension": self.dimension,
@@ -134,6 +133,11 @@ class VectorIndex:
                 f"{card['count']} of {card['dimension']}; build the index again"
             )
         config = _read_config(card["config"])
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise IncompatibleError(
+                f"{folder.name}: index.faiss measures by metric {index.metric_type}, Tandem by inner product "
+                f"({faiss.METRIC_INNER_PRODUCT}); build the index again"
+            )
         gpu = _to_gpu(index, card["kind"], config)
         facts = {name: card[name] for name in ("kind", "dimension", "count", "recall", "breadth")}
         loaded = cls(
@@ -185,12 +189,24 @@ class VectorIndex:
     def _ask(self, queries: Floats, k: int, allowed: Mask | None, breadth: int) -> tuple[Floats, Ids]:
         """What faiss answers, unique and in order; -inf and -1 where it found nothing."""
         widen = min(self.widen, max(1, self.count // k))
-        if self._gpu is not None and allowed is None and k <= _GPU_MAX_K:
-            with self._gpu_turn:  # one GPU resource serves one search at a time
-                scores, ids = self._gpu.search(queries, k, params=_parameters(self.index, breadth, widen, None))
-        else:
-            scores, ids = self.index.search(queries, k, params=_parameters(self.index, breadth, widen, allowed))
+        on_gpu = self._ask_gpu(queries, k, breadth, widen) if allowed is None and k <= _GPU_MAX_K else None
+        parameters = _parameters(self.index, breadth, widen, allowed)
+        scores, ids = self.index.search(queries, k, params=parameters) if on_gpu is None else on_gpu
         return unpack(np.sort(pack(np.where(ids >= 0, scores, -np.inf).astype(np.float32), np.maximum(ids, 0)), axis=1))
+
+    def _ask_gpu(self, queries: Floats, k: int, breadth: int, widen: int) -> tuple[Floats, Ids] | None:
+        """The GPU's answer; None where there is no GPU, or it failed (lost, out of memory) and may be done without."""
+        if self._gpu is None:
+            return None
+        try:
+            with self._gpu_turn:  # one GPU resource serves one search at a time
+                found: tuple[Floats, Ids] = self._gpu.search(queries, k, params=_parameters(self.index, breadth, widen, None))
+                return found
+        except RuntimeError as error:
+            if self.config.device == "gpu":
+                reason = str(error).strip().splitlines()[-1][:200]
+                raise UnavailableError(f'the GPU failed ({reason}) and index.device = "gpu"; use "auto" to go on') from None
+            return None
 
     def _exact(self, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
         if self._codes is not None:
@@ -253,6 +269,28 @@ def _build_faiss(vectors: Floats, kind: str, config: IndexConfig) -> tuple[Any, 
     return index, gpu
 
 
+def _write(index: Any, path: Path) -> None:
+    """Write a faiss file through our own handle: faiss's own writer may report success on a full disk."""
+    faiss = _faiss()
+
+    failed: list[OSError] = []
+    with path.open("wb") as handle:
+
+        def write(part: bytes) -> int:
+            try:
+                return handle.write(part)
+            except OSError as error:  # faiss would say only that a callback failed
+                failed.append(error)
+                raise
+
+        try:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+            handle.flush()
+            os.fsync(handle.fileno())
+        except (RuntimeError, OSError) as error:
+            raise (failed[0] if failed else error) from None
+
+
 def _fill(index: Any, vectors: Floats, kind: str) -> None:
     try:
         if not index.is_trained and len(vectors):
@@ -264,13 +302,29 @@ def _fill(index: Any, vectors: Floats, kind: str) -> None:
 
 
 def _to_gpu(index: Any, kind: str, config: IndexConfig) -> Any:
-    """A GPU copy of a flat or IVF index where faiss and the machine have a GPU; None elsewhere."""
+    """A GPU copy of a flat or IVF index where faiss and the machine have a GPU, with a resource of its own; None elsewhere.
+
+    Raises UnavailableError where the settings insist on a GPU and there is none, or none for this kind.
+    """
     faiss = _faiss()
 
-    able = config.device == "auto" and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-    if not able or not (kind == "Flat" or kind.startswith("IVF")):  # INT8 is for processors
+    problem = None if config.device == "cpu" else _gpu_problem(faiss, kind)
+    if problem is not None and config.device == "gpu":
+        raise UnavailableError(f'index.device = "gpu", but {problem}; use "auto", which goes on without one')
+    if problem is not None or config.device == "cpu":
         return None
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def _gpu_problem(faiss: Any, kind: str) -> str | None:
+    """Why this kind cannot be on a GPU here. Asked for by name: faiss's own helpers do nothing, quietly, where there is none."""
+    if not hasattr(faiss, "StandardGpuResources"):
+        return "this faiss was built without GPUs (pip install 'tandem-recommender[gpu]')"
+    if faiss.get_num_gpus() < 1:
+        return "faiss sees no GPU on this machine"
+    if not (kind == "Flat" or kind.startswith("IVF")):  # INT8 is for processors, a graph for memory
+        return f"kind {kind} has no form for GPUs (flat and ivf have)"
+    return None
 
 
 def _innermost(index: Any) -> Any:

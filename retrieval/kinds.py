@@ -34,8 +34,8 @@ class IndexConfig:
 
     The index is tuned to the narrowest search whose recall@`k` on real queries reaches `target_recall`; `tuning_queries` bounds
     how many of them are asked. With `budget_ms` (0: none) auto tries the kinds and takes the fastest that reaches the target, if
-    one query takes it no longer than that (`tune.py`). `device`: "auto" uses a GPU when faiss and the machine have one, "cpu"
-    never does.
+    one query takes it no longer than that (`tune.py`). `device`: "auto" uses a GPU when faiss and the machine have one,
+    and goes on without it when it fails; "gpu" refuses to work without; "cpu" never uses one.
     """
 
     kind: str = "auto"
@@ -44,7 +44,7 @@ class IndexConfig:
     construction: int = 100
     tuning_queries: int = 256
     allow_empty: bool = False
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
     storage: Storage = "float32"
     budget_ms: float = 0.0
 

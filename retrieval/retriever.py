@@ -276,6 +276,11 @@ class Retriever:
         index = VectorIndex.load(folder / "index")
         if index.count != len(items):
             raise IncompatibleError(f"{folder.name}: the index holds {index.count} vectors, but there are {len(items)} items")
+        if index.dimension != towers.shape.query:
+            raise IncompatibleError(
+                f"{folder.name}: the index holds vectors of {index.dimension} numbers, its towers make {towers.shape.query}; "
+                "use one release's parts"
+            )
         covisit = ItemKNN.load(folder / COVISIT)
         counts, until = np.array(facts["counts"], np.float32), facts.get("items_until", 0)
         return cls(items, towers, index, covisit, counts, facts["exclude_seen"], sentence_weight, until)

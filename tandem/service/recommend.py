@@ -421,6 +421,9 @@ class Recommender:
             )
         if not found.ids.shape[1]:
             clock.degraded.append("nothing_eligible" if self._now.listed.any() else "empty_catalogue")
+        if not np.isfinite(tower[:, real]).all():  # the other sources have answered
+            clock.degraded.append("query_vector_unusable")
+            tower = np.nan_to_num(tower, nan=0.0, posinf=0.0, neginf=0.0)
         return found, tower[:, real]
 
     def _usable_as_of(self, now: datetime, clock: _Clock) -> datetime | None:
