@@ -157,13 +157,13 @@ class ItemChanges:
 
 
 def with_changes(items: pl.DataFrame, changes: Sequence[Change]) -> pl.DataFrame:
-    """The items table with the newest change of each item (`changes` of one item each), sorted by item_id."""
+    """The items table with the newest change of each item (`changes` of one item each); both are sorted by item_id."""
     if not changes:
         return items
     touched = pl.Series("item_id", [change.item_ids[0] for change in changes], pl.String)
     kept = items.filter(~pl.col("item_id").is_in(touched.implode()))
     put = pl.DataFrame([change.rows[0] for change in changes if change.rows], schema=items.schema)
-    return pl.concat([kept, put]).sort("item_id")
+    return kept.merge_sorted(put.sort("item_id"), key="item_id")
 
 
 def checked_items(draft: pl.DataFrame, known: Mapping[str, pl.DataType]) -> pl.DataFrame:

@@ -32,7 +32,15 @@ from registry.release import (
     release_hash,
     verify_release,
 )
-from tandem.core.errors import ConflictError, IncompatibleError, InputError, IntegrityError, NotFoundError, TandemError
+from tandem.core.errors import (
+    ConflictError,
+    IncompatibleError,
+    InputError,
+    IntegrityError,
+    NotFoundError,
+    TandemError,
+    UnavailableError,
+)
 from tandem.core.folders import MANIFEST
 
 MOMENT = datetime(2026, 11, 20, 23, 59, tzinfo=UTC)
@@ -150,6 +158,20 @@ def test_a_failure_at_any_step_leaves_nothing(tmp_path: Path, parts: dict[str, P
     assert [one.name for one in (tmp_path / "releases").iterdir() if not one.name.startswith(".")] == []
     with pytest.raises(NotFoundError):
         verify_release(tmp_path / "releases" / "x")
+
+
+def test_a_disk_without_room_for_it_twice_is_refused_before_anything_is_written(
+    tmp_path: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [one for path in parts.values() for one in ([path] if path.is_file() else path.rglob("*")) if one.is_file()]
+    need = 2 * sum(one.stat().st_size for one in files)
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=need - 1))
+    with pytest.raises(UnavailableError, match="free some space"):
+        create_release(parts, tmp_path / "releases" / "x", FACTS)
+    assert [one.name for one in (tmp_path / "releases").iterdir() if one.name != ".create.lock"] == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=need))
+    assert create_release(parts, tmp_path / "releases" / "x", FACTS).name == "x"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
