@@ -56,7 +56,7 @@ class Follower:
 
     def look(self) -> bool:
         """Load and hand over the champion if it is not the one that answers; says whether it did. Keeps the old one otherwise."""
-        from tandem.service.wiring import open_recommender
+        from tandem.service.wiring import open_recommender, remember
 
         try:
             champion = self._opened().champion()
@@ -69,6 +69,7 @@ class Follower:
                 check_room(self._fetched(promotion[0]))
                 recommender = open_recommender(self._settings, promotion[0])
                 recommender.warm()
+            remember(self._settings, self._opened().get(promotion[0]).manifest)
         except (UnavailableError, BusyError) as error:  # the registry, or where releases lie, is away: what answers goes on
             self._refused = None
             log_line("registry_unreachable", reason=type(error).__name__)

@@ -21,17 +21,18 @@ from feature_repo.store import load_events, load_source
 from feature_repo.views import read_views
 from ranking.ranker import Ranker
 from registry.artifacts import Artifacts
-from registry.release import release_folder, verify_release
+from registry.release import Manifest, release_folder, verify_release
 from registry.store import ReleaseStore
 from retrieval.encoder import TextEncoder
 from retrieval.retriever import Retriever
 from tandem.core.errors import IncompatibleError, NotFoundError, UnavailableError
-from tandem.core.folders import read_json
+from tandem.core.folders import read_json, write_json
 from tandem.service.assemble import Assembler
 from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
 from tandem.service.learn import open_assembler
 from tandem.service.live_items import LiveItems
+from tandem.service.problems import log_line
 from tandem.service.recommend import Parts, Recommender, UserRows
 from tandem.service.settings import EncoderSettings, Settings
 from tandem.service.texts import ADAPTER, text_encoder
@@ -40,6 +41,9 @@ SERVED_LOG: Final = "served"
 SHADOW_LOG: Final = "shadow"
 """Folders of the workspace: what users saw, and what a shadow would have shown them."""
 
+SERVING: Final = "serving.json"
+"""In `state/`: which release answered here last."""
+
 USER_READ_MS = 30
 """How long one read of an online server may take; there are as many as a user has feature views."""
 
@@ -47,7 +51,8 @@ USER_READ_MS = 30
 def open_recommender(settings: Settings, release: str | None = None, served: str = SERVED_LOG) -> Recommender:
     """The champion (or a named release), verified by hash before anything is read; `served` is its served-log's folder.
 
-    Raises NotFoundError when nothing is promoted, IntegrityError when the folder is damaged, IncompatibleError when it is mixed.
+    While the registry does not answer, the champion is the one that was last opened here. Raises NotFoundError when nothing is
+    promoted, IntegrityError when the folder is damaged, IncompatibleError when it is mixed.
     """
     folder, content_hash = _which(settings, release)
     manifest = verify_release(folder, content_hash)
@@ -55,7 +60,18 @@ def open_recommender(settings: Settings, release: str | None = None, served: str
     ranker = Ranker.load(folder / "ranker")
     check_views(settings, folder)
     log = ServedLog(settings.workspace / served, without=ErasedUsers(settings.data).drop_from)
-    return _in_workspace(settings, manifest.name, folder, retriever, ranker, log)
+    recommender = _in_workspace(settings, manifest.name, folder, retriever, ranker, log)
+    if release is None:
+        remember(settings, manifest)
+    return recommender
+
+
+def remember(settings: Settings, champion: Manifest) -> None:
+    """Keep which release answers here, for a start while the registry does not answer."""
+    kept = settings.state / SERVING
+    facts = {"release": champion.name, "content_hash": champion.content_hash}
+    if not kept.is_file() or read_json(kept) != facts:
+        write_json(kept, facts)
 
 
 def trained_recommender(settings: Settings, retriever: Retriever, ranker: Ranker) -> Recommender:
@@ -125,8 +141,21 @@ def champions_encoder(settings: Settings) -> LazyEncoder | None:
 
 
 def _which(settings: Settings, release: str | None) -> tuple[Path, str | None]:
+    """The folder to open, and the content hash that it must have."""
     if release is not None and not (settings.state / "tandem.db").exists() and not settings.registry.url:
         return release_folder(settings.releases, release), None
+    try:
+        return _registered(settings, release)
+    except UnavailableError as error:
+        kept = settings.state / SERVING
+        if release is not None or not kept.is_file():
+            raise
+        facts = read_json(kept)
+        log_line("registry_unreachable", release=facts["release"], reason=type(error).__name__)
+        return release_folder(settings.releases, facts["release"]), facts["content_hash"]
+
+
+def _registered(settings: Settings, release: str | None) -> tuple[Path, str]:
     store = ReleaseStore(settings.registry_url, settings.releases)
     try:
         name = release or store.champion().name

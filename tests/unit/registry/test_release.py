@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import shutil
 import stat
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -200,6 +202,32 @@ def _still_says_the_same(a: Path, b: Path) -> bool:
         return bool(json.loads(a.read_text()) == json.loads(b.read_text()))
     except ValueError:
         return False
+
+
+def test_on_a_full_disk_nothing_is_left_and_the_releases_there_stay(
+    release: Path, tmp_path: Path, parts: dict[str, Path]
+) -> None:
+    """Not a byte can be written while the second release is made; then there is room, and it is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {path.name for path in release.parent.iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            create_release(parts, release.parent / "second", FACTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in release.parent.iterdir()} == before
+    assert verify_release(release).name == release.name
+    assert create_release(parts, release.parent / "second", FACTS).name == "second"
+
+
+def test_too_little_room_is_said_before_anything_is_copied(
+    tmp_path: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.release.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UnavailableError, match=r"0 MB free, the release needs .*; free some space"):
+        create_release(parts, tmp_path / "releases" / "x", FACTS)
+    assert not (tmp_path / "releases" / "x").exists()
 
 
 def test_truncated_missing_and_extra_files_are_refused(release: Path) -> None:
