@@ -19,7 +19,7 @@ TO_RUN := $(VENV)/.installed-$(EXTRA)
 TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
 ALL_TESTS := --numprocesses 2 --dist loadfile --cov --cov-report=term
 
-.PHONY: demo test lint accept accept-retrieval bench bench-features bench-retrieval bench-quality clean
+.PHONY: demo test lint accept accept-registry accept-retrieval bench bench-features bench-retrieval bench-quality clean
 
 demo: $(TO_RUN)
 	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
@@ -38,6 +38,9 @@ accept: $(TO_TEST)
 
 accept-retrieval: $(TO_TEST)  # a million items, built, searched and changed at once: ten minutes, 4 GiB
 	$(BIN)/python -P tests/benchmarks/accept_retrieval.py
+
+accept-registry: $(TO_TEST)  # RankLens through the registry: SQLite, and PostgreSQL with a running mlflow server
+	$(BIN)/python tests/benchmarks/accept_registry.py
 
 bench: $(TO_TEST)
 	$(BIN)/python tests/benchmarks/run.py

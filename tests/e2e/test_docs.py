@@ -127,8 +127,8 @@ def test_the_architecture_names_real_functions() -> None:
 
 
 def test_the_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
-    named = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z]+)", text(page), re.MULTILINE)}
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z-]+)", text(page), re.MULTILINE)}
     assert {"demo", "test", "lint", "accept", "bench"} <= named <= targets
     assert "make test" in text(".ci/run")
 

@@ -13,6 +13,7 @@ import pytest
 from feature_repo.live import EventGate
 from feature_repo.store import load_events, load_items
 from tandem.core.errors import GateRefusedError
+from tandem.core.folders import read_json
 from tandem.service import recipes
 from tandem.service.recipes.workspace import open_releases
 from tandem.service.settings import Settings, load_settings
@@ -67,4 +68,6 @@ def test_a_release_that_is_not_better_enough_is_kept_and_refused(settings: Setti
         with pytest.raises(GateRefusedError, match=r"ndcg@10"):
             recipes.retrain(settings, "three new people", keep=5)
         assert recipes.status(settings).data["champion"] == before
-    assert len(recipes.release_list(settings).data["releases"]) == 2
+    names = recipes.release_list(settings).data["releases"]
+    (refused,) = set(names) - {before}
+    assert read_json(settings.releases / refused / "measured.json")["because"] == "three new people", "kept without a promotion"

@@ -4,7 +4,10 @@ and a server that goes away in the middle and comes back.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,17 +17,22 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import polars as pl
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
+from typer.testing import CliRunner
 
 from registry.release import ReleaseFacts, create_release
 from registry.store import ReleaseStore
 from registry.tracking import Tracker
 from tandem.core.errors import UnavailableError
+from tandem.service import cli
 
+ROOT = Path(__file__).resolve().parents[2]
 POSTGRES = os.environ.get("TANDEM_TEST_POSTGRES", "postgresql+psycopg://root@127.0.0.1:5432/test")
 LOADER = "tandem_server_test_loader"
 LOADER_SOURCE = """
@@ -58,7 +66,9 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers; what it says goes to a file."""
+        """Start it, unless it runs, and wait until it answers; what it says goes to a file."""
+        if self._process is not None and self._process.poll() is None:
+            return
         with (self._files / "server.log").open("ab") as log:
             self._process = subprocess.Popen(self._words, cwd=self._files, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 180
@@ -152,3 +162,43 @@ def test_the_loop_on_a_server_that_goes_away_and_comes_back(
     assert tracker.mirror(store, loader=LOADER).sentences == ("alias champion: version 2 -> 1 (a)",)
     assert scored() == ["a:ada"]
     assert [line.name for line in store.history()] == ["a", "b", "a"]
+
+
+def test_the_acceptance_of_the_registry_on_a_small_world(
+    server: Server, database: str, tiny_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `make accept-registry` does with RankLens, here in one process: tables in PostgreSQL, MLflow on a server that ends."""
+    import mlflow.pyfunc
+
+    spec = importlib.util.spec_from_file_location("accept_registry", ROOT / "tests" / "benchmarks" / "accept_registry.py")
+    assert spec is not None
+    assert spec.loader is not None
+    acceptance = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(acceptance)
+    unseen = shutil.ignore_patterns("releases", "tandem.db*", "mlflow.db*", "mlruns", "served")
+    workspace = Path(shutil.copytree(tiny_workspace, tmp_path / "workspace", ignore=unseen))
+    monkeypatch.setenv("TANDEM_REGISTRY__URL", f"sqlite:///{tmp_path}/spoiled.db")
+    monkeypatch.setenv("TANDEM_REGISTRY__MODEL", "acceptance")
+
+    def tandem(*words: str, extra: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+        result = CliRunner().invoke(cli.app, ["--workspace", str(workspace), *words, "--json"], env=extra or {})
+        assert result.stdout, result.stderr
+        return result.exit_code, json.loads(result.stdout)
+
+    def score() -> dict[str, Any]:
+        mlflow.set_tracking_uri(server.uri)
+        model = mlflow.pyfunc.load_model("models:/acceptance@champion")
+        return dict(model.predict(pd.DataFrame({"user_id": users}), params={"k": 5}).to_dict("list"))
+
+    users = pl.read_parquet(workspace / "models" / "evaluation" / "users.parquet")["user_id"].unique().sort().head(3).to_list()
+    acceptance.spoil(workspace, tandem)
+    server.start()  # the test before may have left it stopped
+    monkeypatch.setenv("TANDEM_REGISTRY__URL", f"{database}?options=-csearch_path%3Dacceptance")
+    monkeypatch.setenv("TANDEM_REGISTRY__MLFLOW_URI", server.uri)
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA acceptance"))
+    engine.dispose()
+    said = list(acceptance.loop(workspace, tandem, score, users, server.stop))
+    assert len(said) == 4
+    assert "not shown to be worse by less than" in said[1]

@@ -143,7 +143,7 @@ def retrain(settings: Settings, because: str, keep: int, progress: Progress = qu
 
 
 def _release_and_promote(settings: Settings, because: str) -> Outcome:
-    made = release_create(settings)
+    made = release_create(settings, because=because)
     try:
         return release_promote(settings, made.data["release"], because=because)
     except GateRefusedError as refusal:

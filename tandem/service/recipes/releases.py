@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
 _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
 
 
-def release_create(settings: Settings, name: str | None = None) -> Outcome:
-    """Bundle what was trained and evaluated into one immutable folder, copy it to the artifacts' URL, register it in MLflow."""
+def release_create(settings: Settings, name: str | None = None, because: str = "") -> Outcome:
+    """Bundle what was trained and evaluated into one immutable folder, copy it to the artifacts' URL, register it in MLflow.
+
+    `because`: what asked for it; it stays in the release's `measured.json`, also when a gate refuses the release.
+    """
     from registry.release import create_release, default_name, release_folder, release_hash
 
     with writing(settings, "release create"):
@@ -42,6 +46,7 @@ def release_create(settings: Settings, name: str | None = None) -> Outcome:
             _write_feature_versions(settings, folder / "features.json")
         parts = _release_parts(settings)
         facts = _release_facts(settings)
+        facts = replace(facts, timings={**facts.timings, **({"because": because} if because else {})})
         chosen = name or default_name(release_hash(parts, facts), facts.created_at)
         manifest = create_release(parts, release_folder(settings.releases, chosen), facts)
         open_artifacts(settings).upload(settings.releases / manifest.name, manifest)  # first: who sees it can fetch it
