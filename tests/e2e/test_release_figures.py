@@ -42,6 +42,11 @@ def test_a_release_knows_its_latency_its_diversity_and_the_state_of_its_features
     assert [measured["checks"][name]["wrong"] for name in sorted(CHECKS)] == [0] * 5
     assert measured["checks"]["leakage"]["rows"] >= 1000
     assert "not_measured" not in measured
+    shown = recipes.release_show(settings, live(settings))
+    assert shown.data["measured"] == measured
+    assert shown.table is not None
+    assert ("measured/checks/leakage/wrong", 0) in shown.table.rows
+    assert ("made because", "run_all") in shown.table.rows
     assert 0 < manifest["metrics"]["slate/ild@10"] <= 1
     assert manifest["metrics"]["slate/ild@10"] >= manifest["metrics"]["towers_ranker/ild@10"], "the rerank spreads categories"
     with open_releases(settings) as store, store.look() as work:

@@ -18,6 +18,7 @@ from tandem.service.recipes.workspace import (
     EVALUATION,
     RANKER,
     RETRIEVAL,
+    numbers,
     open_artifacts,
     open_releases,
     open_tracker,
@@ -199,16 +200,18 @@ def release_list(settings: Settings) -> Outcome:
 
 
 def release_show(settings: Settings, name: str) -> Outcome:
+    """Facts and figures of one release, verified by hash, and what was measured beside them when it was evaluated."""
     from registry.release import verify_release
 
     with open_releases(settings) as store:
         release = release_here(settings, store, name)
     manifest = verify_release(release.folder, release.content_hash)
     facts = (("content hash", manifest.content_hash), ("parent", manifest.parent), ("source", str(manifest.source.get("kind"))))
-    rows = (*facts, *sorted(manifest.metrics.items()))
-    return Outcome(
-        f"release {name} is whole", manifest.to_dict(), Table(name, ("what", "value"), rows), f"tandem release promote {name}"
-    )
+    measured = _measured(release.folder / "measured.json")
+    facts += (("made because", measured["because"]),) if "because" in measured else ()
+    rows = (*facts, *sorted(manifest.metrics.items()), *sorted(numbers(measured, "measured/").items()))
+    data = manifest.to_dict() | {"measured": measured}
+    return Outcome(f"release {name} is whole", data, Table(name, ("what", "value"), rows), f"tandem release promote {name}")
 
 
 def release_promote(settings: Settings, name: str, because: str = "", force: bool = False) -> Outcome:
