@@ -30,7 +30,7 @@ from feast.utils import compute_non_entity_date_range
 
 from feature_repo.as_of import ASKED, CREATED, KNOWN, ROW, Rule, newest_known
 from feature_repo.parquet import append, exists, is_folder, place, scan, write_file, write_parts
-from tandem.core.errors import IncompatibleError, InputError
+from tandem.core.errors import BusyError, IncompatibleError, InputError
 from tandem.core.folders import whole_folder
 from tandem.core.schema import TIME
 
@@ -40,6 +40,9 @@ _FOR_EVER: Final = timedelta(days=365_000)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LARGEST_ARRAY: Final = 2**31 - 1
 _ROWS_PER_RANGE: Final = 5_000_000
+_NARROW_ROWS: Final = 8
+"""Keys and times are so many times narrower than rows, at least."""
+
 _MOST_RANGES: Final = 32
 """Each range is a scan of the whole source: beyond this many, ranges grow instead."""
 
@@ -247,17 +250,45 @@ def newest_by_range(
     end: datetime,
     rows: int,
 ) -> Iterator[pl.DataFrame]:
-    """The newest row per entity with start <= time <= end, range by range of the keys, about `rows` source rows at a time.
+    """The newest row per entity with start <= time <= end, about `rows` entities at a time.
 
-    Columns go by the view's names. Ranges and rows come in the order of the first key's length, then of the key: the order of
-    Feast's serialized keys.
+    Which rows those are is found from keys and times alone; then they are fetched by their numbers, so that wide rows and lists
+    are read once or a few times, and never sorted. Columns go by the view's names. Rows come in the order of the first key's
+    length, then of the key: the order of Feast's serialized keys. Raises BusyError when the source is replaced meanwhile.
     """
     order = [timestamp_field, *_named(created_timestamp_column)]
-    found = _between(utc(mapped(scan(config, source), source), *order), timestamp_field, start, end)
-    found = found.select(*join_key_columns, *feature_name_columns, *order).drop_nulls(list(join_key_columns))
+    named = [*join_key_columns, *order]
+    table = utc(mapped(scan(config, source), source), *order).with_row_index(ROW)
+    narrow = _between(table, timestamp_field, start, end).select(ROW, *named).drop_nulls(list(join_key_columns))
+    wide = table.select(ROW, *dict.fromkeys([*join_key_columns, *feature_name_columns, *order]))
     key = pl.col(join_key_columns[0]).cast(pl.String)
-    for newest in _newest_by_range(found, join_key_columns, order, rows):
-        yield newest.sort(key.str.len_bytes(), key)
+    at_most = max(rows, table.select(pl.len()).collect().item() // _MOST_RANGES)
+    for chosen in _in_pieces(_newest_by_range(narrow, join_key_columns, order, _NARROW_ROWS * rows), at_most, key):
+        fetched = _fetched(wide, chosen)
+        if not fetched.select(named).equals(chosen.sort(ROW).select(named)):
+            raise BusyError(f"source {source.name!r} was replaced while it was read; nothing is lost, run it again")
+        yield fetched.sort(key.str.len_bytes(), key).drop(ROW)
+
+
+def _in_pieces(parts: Iterable[pl.DataFrame], size: int, key: pl.Expr) -> Iterator[pl.DataFrame]:
+    """Frames of ascending keys cut and put together to `size` rows; the last one may have fewer, or none."""
+    waiting: list[pl.DataFrame] = []
+    for part in parts:
+        waiting.append(part.sort(key.str.len_bytes(), key))
+        while sum(each.height for each in waiting) > size:
+            whole = pl.concat(waiting)
+            yield whole.head(size)
+            waiting = [whole.slice(size)]
+    yield pl.concat(waiting)
+
+
+def _fetched(rows: pl.LazyFrame, chosen: pl.DataFrame) -> pl.DataFrame:
+    """The rows whose numbers were chosen, in their order in the source; what lies before and after them all is skipped."""
+    numbers = chosen[ROW]
+    first, last = numbers.min(), numbers.max()
+    if not isinstance(first, int) or not isinstance(last, int):
+        return rows.head(0).collect()
+    return rows.slice(first, last - first + 1).filter(pl.col(ROW).is_in(numbers.implode())).collect().sort(ROW)
 
 
 def _newest_by_range(rows: pl.LazyFrame, keys: Sequence[str], order: Sequence[str], size: int) -> Iterator[pl.DataFrame]:

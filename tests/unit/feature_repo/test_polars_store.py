@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -22,7 +23,7 @@ from feast.types import Int64, String
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo import as_of
+from feature_repo import as_of, polars_store
 from feature_repo.polars_store import PolarsOfflineStore, PolarsRetrievalJob, newest_by_range
 from tandem.core.errors import BusyError, IncompatibleError, InputError, NotFoundError
 from tandem.core.folders import held
@@ -432,3 +433,53 @@ def test_ids_of_another_type_are_read_as_the_sources(store: Store) -> None:
     asked = entities([("x", at(1)), ("x", at(1))]).with_columns(user_id=pl.Series([7, 8]))
     assert store.clicks(asked) == [3, None]
     assert store.clicks(asked.with_columns(pl.col("user_id").cast(pl.String).cast(pl.Categorical))) == [3, None]
+
+
+# --- the newest rows, piece by piece ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def histories(tmp_path: Path) -> tuple[RepoConfig, FileSource, pl.DataFrame]:
+    """A source in no order, with keys of many lengths, some rows without a key, ties in time, and lists."""
+    random = np.random.default_rng(0)
+    ids = [None if number % 50 == 7 else f"{'u' * (number % 5)}{number % 90}" for number in range(2000)]
+    table = pl.DataFrame(
+        {
+            "user_id": ids,
+            "event_timestamp": pl.Series(random.integers(0, 40, 2000) * 1_000_000).cast(pl.Datetime("us", "UTC")),
+            "items": [[number, -number] for number in range(2000)],
+        }
+    )
+    table.write_parquet(tmp_path / "table.parquet", row_group_size=97)
+    config = RepoConfig(
+        project="pieces", provider="local", registry=str(tmp_path / "r.db"), repo_path=tmp_path,
+        entity_key_serialization_version=3,
+        offline_store={"type": "feature_repo.polars_store.PolarsOfflineStore"}, online_store={"type": "sqlite"},
+    )  # fmt: skip
+    return config, FileSource(name="table", path="table.parquet", timestamp_field="event_timestamp"), table
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 100_000])
+def test_newest_rows_come_whole_in_pieces_of_any_size(histories: tuple[RepoConfig, FileSource, pl.DataFrame], rows: int) -> None:
+    config, source, table = histories
+    start, end = (datetime.fromtimestamp(second, UTC) for second in (0, 30))
+    pieces = list(newest_by_range(config, source, ["user_id"], ["items"], "event_timestamp", None, start, end, rows))
+    assert all(piece.height <= max(rows, 2000 // 32) for piece in pieces)
+    found = pl.concat(pieces)
+    known = table.drop_nulls("user_id").filter(pl.col("event_timestamp") <= end)
+    expected = known.sort("event_timestamp", maintain_order=True).unique("user_id", keep="last", maintain_order=True)
+    by_key = (pl.col("user_id").str.len_bytes(), pl.col("user_id"))
+    assert found.equals(expected.sort(*by_key).select(found.columns))
+
+
+def test_a_source_that_is_replaced_while_it_is_read_is_noticed(
+    histories: tuple[RepoConfig, FileSource, pl.DataFrame], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row numbers of one file mean nothing in another: what is fetched then belongs to somebody else."""
+    config, source, table = histories
+    other = table.reverse().with_row_index("__row").lazy()
+    fetched = polars_store._fetched
+    monkeypatch.setattr(polars_store, "_fetched", lambda _, chosen: fetched(other, chosen))
+    start, end = (datetime.fromtimestamp(second, UTC) for second in (0, 30))
+    with pytest.raises(BusyError, match="source 'table' was replaced"):
+        next(newest_by_range(config, source, ["user_id"], ["items"], "event_timestamp", None, start, end, 10))
