@@ -7,7 +7,7 @@ the last bit: asked one by one, request by request or all at once, they are the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from feature_repo.features import Cross
 from tandem.core.errors import InputError
 from tandem.core.schema import MICROSECONDS_PER_DAY
 
@@ -201,6 +202,29 @@ def _columns(pairs: _Pairs) -> dict[str, NDArray[np.float32]]:
         "history_size": _history_size(pairs)[pairs.local],
     }
     return {name: np.asarray(columns[name], np.float32) for name in CROSS_COLUMNS}
+
+
+# --- what a workspace declares -----------------------------------------------------------------------------------------
+
+
+def faded(values: NDArray[Any], then_us: NDArray[Any], now_us: NDArray[np.int64], half_life_days: float) -> NDArray[np.float64]:
+    """(P,) decayed sums as they are now: halved once per half-life since `then_us`, their last event; without one as they are.
+
+    An event that a clock ahead of ours has dated into the future fades from now on.
+    """
+    passed = np.maximum(_days(now_us, np.nan_to_num(np.asarray(then_us, np.float64), nan=-1.0)), 0.0)
+    return np.asarray(values * np.exp2(-np.nan_to_num(passed, nan=0.0) / half_life_days), np.float64)
+
+
+def combined(columns: Mapping[str, NDArray[Any]], crosses: Mapping[str, Cross]) -> dict[str, NDArray[np.float64]]:
+    """(P,) each declared cross of two (P,) columns, NaN where a side is missing, or where something is divided by 0."""
+    found = {}
+    for name, cross in crosses.items():
+        left, right = (np.asarray(columns[side], np.float64) for side in (cross.left, cross.right))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = {"ratio": np.divide, "difference": np.subtract, "product": np.multiply}[cross.how](left, right)
+        found[name] = np.where(np.isfinite(value), value, np.nan)
+    return found
 
 
 # --- history -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.types import Array, FeastType, Float64, Int64, String
 
-from feature_repo.views import ENTITIES, TIMESTAMP, ViewSchema, read_views
+from feature_repo.views import ENTITIES, TIMESTAMP, ViewSchema, kept_views, read_views
 from tandem.core.errors import InputError
 
 FEAST_TYPES: dict[str, FeastType] = {
@@ -28,10 +28,13 @@ FEAST_TYPES: dict[str, FeastType] = {
 }
 
 
-def define(views: Sequence[ViewSchema]) -> dict[str, Any]:
-    """Every Feast object of a workspace with these views, by a name of its own."""
+def define(views: Sequence[ViewSchema], kept: Sequence[ViewSchema] = ()) -> dict[str, Any]:
+    """Every Feast object of a workspace with these views, by a name of its own.
+
+    `kept` are older versions, which releases read by name: views like the others, but in no service.
+    """
     entities = {name: Entity(name=name, join_keys=[key], value_type=ValueType.STRING) for name, key in ENTITIES.items()}
-    features = {view.name: _feature_view(view, entities[view.entity]) for view in views}
+    features = {view.name: _feature_view(view, entities[view.entity]) for view in (*views, *kept)}
     services = {
         f"{name}_v1": FeatureService(name=f"{name}_v1", features=chosen) for name, chosen in _chosen(views, features).items()
     }
@@ -50,14 +53,14 @@ def _feature_view(view: ViewSchema, entity: Entity) -> FeatureView:
             *(Field(name=each.name, dtype=FEAST_TYPES[each.dtype]) for each in view.fields),
         ],
         source=PushSource(name=f"{view.name}_push", batch_source=table),
-        tags={"version": str(view.version)},
+        tags={"view": view.base, "version": str(view.version)},
     )
 
 
 def _chosen(views: Sequence[ViewSchema], features: dict[str, FeatureView]) -> dict[str, list[FeatureView]]:
     """Feature services by name; one without a view is left out, since Feast refuses it."""
     chosen = {name: [features[view.name] for view in views if view.entity == name] for name in ENTITIES}
-    chosen["ranking"] = list(features.values())
+    chosen["ranking"] = [features[view.name] for view in views]
     return {name: each for name, each in chosen.items() if each}
 
 
@@ -70,5 +73,5 @@ def _workspace() -> Path:
 
 if not __package__:  # Feast's own commands: they collect the module's attributes
     _home = _workspace()
-    globals().update(define(read_views(_home / "features")))
+    globals().update(define(read_views(_home / "features"), kept_views(_home / "features")))
     (_home / "state").mkdir(exist_ok=True)  # Feast opens its databases there and makes no folders

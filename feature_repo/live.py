@@ -1,15 +1,15 @@
 """Single events as they come: kept at once, and in the features of their user and item within the same call.
 
-In: a draft of events (columns `NEEDED` and `OPTIONAL`, any may be text). Out: a part of new events in the data folder; the rows
-that they change in the offline tables and the online store; the items' rows over the snapshot. Each `event_id` counts once.
-An event is on disk before its features are updated: when those are busy or fail, the next call updates them. Events from which no
-features can be made are set aside after a few tries, so that they hold nobody up.
+In: a draft of events (columns `NEEDED`, `OPTIONAL` and the context's, any may be text). Out: a part of new events in the data
+folder; the rows that they change in the offline tables and the online store; the items' rows over the snapshot. Each `event_id`
+counts once. An event is on disk before its features are updated: when those are busy or fail, the next call updates them. Events
+from which no features can be made are set aside after a few tries, so that they hold nobody up.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ import polars as pl
 from feature_repo.aggregates import AggregateConfig, rows_since
 from feature_repo.item_changes import ItemChanges
 from feature_repo.live_snapshot import write_fresh
+from feature_repo.made import fillings
 from feature_repo.materialize import push_rows
 from feature_repo.offline import LOCK, open_own
 from feature_repo.sources.clean import clean_events, with_event_ids
@@ -32,7 +33,8 @@ from feature_repo.store import (
     scan_events,
     set_aside_part,
 )
-from feature_repo.views import ENTITIES, TIMESTAMP, read_views
+from feature_repo.versions import conforming
+from feature_repo.views import ViewSchema, all_views
 from tandem.core.errors import BusyError, InputError, NotFoundError
 from tandem.core.folders import held
 from tandem.core.schema import EVENTS
@@ -77,6 +79,10 @@ class Pushed:
     pending: bool
 
 
+Changed = tuple[ViewSchema, pl.DataFrame]
+"""A version of a view, and its rows that events change."""
+
+
 class EventGate:
     """Takes events into one workspace; holds its Feast store open between calls.
 
@@ -113,9 +119,9 @@ class EventGate:
         with held(self._workspace / LOCK, "features push", wait_s):
             if not pending_parts(self._data):
                 return 0, 0
-            parts, touched, rows = self._changed_rows(now)
+            parts, touched, changed = self._changed_rows(now)
             if touched.height:  # an erasure may have emptied them
-                self._update(rows, now)
+                self._update(changed, now)
             for part in parts:
                 mark_applied(part)
             return touched["user_id"].n_unique(), touched["item_id"].n_unique()
@@ -130,7 +136,7 @@ class EventGate:
             _log.warning("events are kept, their features wait for the next call: %s", type(error).__name__)
             return 0, 0, True
 
-    def _changed_rows(self, now: datetime) -> tuple[list[Path], pl.DataFrame, dict[str, pl.DataFrame]]:
+    def _changed_rows(self, now: datetime) -> tuple[list[Path], pl.DataFrame, list[Changed]]:
         """Pending parts, their events, and the rows that they change. Parts of which nothing can be made are set aside first."""
         try:
             return self._rows_of(pending_parts(self._data), scan_events(self._data), now)
@@ -155,17 +161,17 @@ class EventGate:
 
     def _rows_of(
         self, parts: Sequence[Path], events: pl.LazyFrame, now: datetime
-    ) -> tuple[list[Path], pl.DataFrame, dict[str, pl.DataFrame]]:
+    ) -> tuple[list[Path], pl.DataFrame, list[Changed]]:
         columns = ["user_id", "item_id", "timestamp"]
         none = pl.DataFrame(schema={name: EVENTS[name] for name in columns})
         touched = pl.concat([none, *(pl.read_parquet(part, columns=columns) for part in parts)])
-        config, source = replace(self._config, until=now), load_source(self._data)
-        rows = rows_since(events, self._items(), source, config, touched) if touched.height else {}
-        return list(parts), touched, rows
+        changed = list(self._changed(events, touched, now)) if touched.height else []
+        return list(parts), touched, changed
 
     def _cleaned(self, draft: pl.DataFrame, now: datetime) -> tuple[pl.DataFrame, pl.DataFrame]:
         rows = draft.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row"))
-        good, refused = clean_events(rows, known_items=self._items()["item_id"], now=now)
+        context = [name for name in self._config.context if name in draft.columns]
+        good, refused = clean_events(rows, known_items=self._items()["item_id"], now=now, context=context)
         events = with_event_ids(good).with_columns(good["row"].sort())
         if "event_id" in draft.columns:
             given = rows.select("row", pl.col("event_id").cast(pl.String).alias("given"))
@@ -176,11 +182,19 @@ class EventGate:
     def _items(self) -> pl.DataFrame:
         return load_items_until(self._data, self._changes)[0]
 
-    def _update(self, rows: dict[str, pl.DataFrame], now: datetime) -> None:
+    def _update(self, changed: Sequence[Changed], now: datetime) -> None:
         self._store = store = self._store or open_own(self._workspace)
-        for view in read_views(self._workspace / "features"):
-            if view.name in rows:
-                push_rows(store, self._workspace, view, rows[view.name].select(*view.columns), now)
-        item = ENTITIES["item"]
-        newest = rows["item_stats"].sort(item, TIMESTAMP).unique(item, keep="last", maintain_order=True).drop(TIMESTAMP)
-        write_fresh(self._workspace / "snapshot", newest)
+        for view, rows in changed:
+            push_rows(store, self._workspace, view, rows, now)
+            if view.entity == "item":
+                write_fresh(self._workspace / "snapshot", view, rows)
+
+    def _changed(self, events: pl.LazyFrame, touched: pl.DataFrame, now: datetime) -> Iterator[Changed]:
+        """The rows that events change, of every version in use, each made as the version was defined."""
+        config, views = replace(self._config, until=now), all_views(self._workspace / "features")
+        items = self._items()
+        for own, source, filled in fillings(views, config, load_source(self._data)):
+            rows = rows_since(events, items, source, own, touched, only=[view.base for view in filled])
+            for view in filled:
+                if view.base in rows and (fitting := conforming(rows[view.base], view)) is not None:
+                    yield view, fitting

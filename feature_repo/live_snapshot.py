@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,40 +22,57 @@ from numpy.typing import NDArray
 
 from feature_repo.snapshot import CURRENT, Snapshot
 from feature_repo.store import write_parquet
-from tandem.core.errors import TandemError
+from feature_repo.views import TIMESTAMP, ViewSchema
+from tandem.core.errors import NotFoundError, TandemError
 
 FRESH: Final = "fresh"
 LOOK_EVERY_S: Final = 0.5
 
 
-def write_fresh(snapshot_folder: Path, rows: pl.DataFrame) -> None:
-    """Lay rows [item_id, features...] over the current snapshot; without one there is nothing to lie over."""
+def write_fresh(snapshot_folder: Path, view: ViewSchema, rows: pl.DataFrame) -> None:
+    """Lay the newest of a view's rows of each item over the current snapshot; without one there is nothing to lie over."""
     current = snapshot_folder / CURRENT
     if not current.is_file():
         return
     version = current.read_text(encoding="utf-8").strip()
     folder = snapshot_folder / FRESH / version
     folder.mkdir(parents=True, exist_ok=True)
-    write_parquet(rows, folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet")
+    newest = rows.sort("item_id", TIMESTAMP, maintain_order=True).unique("item_id", keep="last", maintain_order=True)
+    numeric = [pl.col(each.name).alias(view.snapshot_column(each.name)) for each in view.fields if each.is_numeric]
+    write_parquet(newest.select("item_id", *numeric), folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet")
     for old in (snapshot_folder / FRESH).iterdir():
         if old.name != version and not (snapshot_folder / old.name).is_dir():
             shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class _View:
-    """One version, and the parts that lie over it.
+class _Layer:
+    """What was pushed of one feature view: `values` (M, F) of `items` (M,), ascending, in the snapshot's `columns` (F,)."""
 
-    `rows` (N,): the snapshot's row of each item of the release. `items` (M,) ascending: those with pushed features; `values`
-    (M, F) belong to the snapshot's `columns` (F,).
+    items: NDArray[np.int64]
+    values: NDArray[np.float64]
+    columns: NDArray[np.int64]
+
+    def lay_over(self, found: NDArray[np.float64], items: NDArray[np.int64]) -> None:
+        """Write the pushed values into the rows `found` of those `items` that have some."""
+        if len(self.items):
+            place = np.minimum(np.searchsorted(self.items, items), len(self.items) - 1)
+            pushed = np.flatnonzero(self.items[place] == items)
+            found[pushed[:, None], self.columns] = self.values[place[pushed]]
+
+
+@dataclass(frozen=True)
+class _View:
+    """One version of the snapshot, and the parts that lie over it.
+
+    `rows` (N,): the snapshot's row of each item of the release. `chosen`: the snapshot's columns that are read, None for all.
     """
 
     snapshot: Snapshot
     rows: NDArray[np.int64]
-    parts: tuple[str, ...]
-    items: NDArray[np.int64]
-    values: NDArray[np.float64]
-    columns: NDArray[np.int64]
+    chosen: NDArray[np.int64] | None
+    parts: tuple[str, ...] = ()
+    layers: tuple[_Layer, ...] = ()
 
 
 class LiveSnapshot:
@@ -70,9 +87,13 @@ class LiveSnapshot:
         item_ids: Sequence[str],
         every_s: float = LOOK_EVERY_S,
         clock: Callable[[], float] = time.monotonic,
+        features: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises NotFoundError when there is no snapshot, IntegrityError when it is damaged."""
-        self._folder, self._every_s, self._clock = folder, every_s, clock
+        """`features`: what a release calls its features -> the snapshot's columns; None reads all, under their own names.
+
+        Raises NotFoundError when there is no snapshot or it lacks a column, IntegrityError when it is damaged.
+        """
+        self._folder, self._every_s, self._clock, self._features = folder, every_s, clock, features
         self._item_ids = pl.Series("item_id", item_ids, pl.String)
         self._looking = threading.Lock()
         self._view = self._with_parts(self._opened())
@@ -80,7 +101,7 @@ class LiveSnapshot:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self._view.snapshot.names
+        return self._view.snapshot.names if self._features is None else tuple(self._features)
 
     @property
     def as_of(self) -> datetime:
@@ -96,11 +117,9 @@ class LiveSnapshot:
         self._look()
         view = self._view
         found = view.snapshot.gather(view.rows[items])
-        if len(view.items):
-            place = np.minimum(np.searchsorted(view.items, items), len(view.items) - 1)
-            pushed = np.flatnonzero(view.items[place] == items)
-            found[pushed[:, None], view.columns] = view.values[place[pushed]]
-        return found
+        for layer in view.layers:
+            layer.lay_over(found, items)
+        return found if view.chosen is None else found[:, view.chosen]
 
     def _look(self) -> None:
         if self._clock() < self._next_look or not self._looking.acquire(blocking=False):
@@ -117,8 +136,11 @@ class LiveSnapshot:
 
     def _opened(self) -> _View:
         snapshot = Snapshot.load(self._folder)
-        none = np.empty(0, np.int64)
-        return _View(snapshot, snapshot.rows_of(self._item_ids), (), none, np.empty((0, 0)), none)
+        missing = [column for column in (self._features or {}).values() if column not in snapshot.names]
+        if missing:
+            raise NotFoundError(f"snapshot {snapshot.version} lacks {missing}; run `tandem features materialize`")
+        places = None if self._features is None else [snapshot.names.index(column) for column in self._features.values()]
+        return _View(snapshot, snapshot.rows_of(self._item_ids), None if places is None else np.array(places, np.int64))
 
     def _with_parts(self, view: _View) -> _View:
         """The view with all parts that lie over its version; the newest row of an item counts."""
@@ -126,11 +148,18 @@ class LiveSnapshot:
         parts = tuple(sorted(path.name for path in folder.glob("[0-9]*.parquet")))
         if parts == view.parts:
             return view
-        rows = pl.concat([pl.read_parquet(folder / part) for part in parts], how="diagonal_relaxed")
+        by_view: dict[tuple[str, ...], list[pl.DataFrame]] = {}
+        for part in parts:
+            rows = pl.read_parquet(folder / part)
+            by_view.setdefault(tuple(rows.columns), []).append(rows)
+        layers = tuple(self._layer(view.snapshot, pl.concat(rows, how="vertical_relaxed")) for rows in by_view.values())
+        return replace(view, parts=parts, layers=layers)
+
+    def _layer(self, snapshot: Snapshot, rows: pl.DataFrame) -> _Layer:
         newest = rows.unique("item_id", keep="last", maintain_order=True)
         known = self._item_ids.to_frame().with_row_index("item")
         placed = newest.join(known, on="item_id").sort("item")
-        names = [name for name in view.snapshot.names if name in rows.columns]
+        names = [name for name in snapshot.names if name in rows.columns]
         values = placed.select(pl.col(name).cast(pl.Float64).fill_null(float("nan")) for name in names).to_numpy()
-        columns = np.array([view.snapshot.names.index(name) for name in names], np.int64)
-        return replace(view, parts=parts, items=placed["item"].cast(pl.Int64).to_numpy(), values=values, columns=columns)
+        columns = np.array([snapshot.names.index(name) for name in names], np.int64)
+        return _Layer(placed["item"].cast(pl.Int64).to_numpy(), values, columns)

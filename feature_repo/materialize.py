@@ -17,7 +17,7 @@ import polars as pl
 
 from feature_repo.offline import LOCK, check_applied, open_own, open_store, quiet, reaching_registry
 from feature_repo.snapshot import write_snapshot
-from feature_repo.views import MAX_AHEAD, TIMESTAMP, ViewSchema, read_views, view_named
+from feature_repo.views import MAX_AHEAD, TIMESTAMP, ViewSchema, all_views, view_named
 from tandem.core.errors import IncompatibleError, InputError
 from tandem.core.folders import held, sweep_partials
 from tandem.core.schema import TIME
@@ -71,7 +71,7 @@ def materialize(
     """
     now = datetime.now(UTC)
     end = min(until or now, now + MAX_AHEAD)
-    views = read_views(workspace / "features")
+    views = all_views(workspace / "features")
     with held(workspace / LOCK, "features materialize"), reaching_registry(workspace):
         sweep_partials(workspace / "snapshot")
         _check_tables(workspace, views)
@@ -105,7 +105,7 @@ def push(workspace: Path, view: str, frame: pl.DataFrame) -> ViewCounts:
     Late rows stay out of the online store, future ones go to the quarantine. Rows pushed offline last until the next build
     of the features. Raises InputError when columns are missing, unknown or of another type.
     """
-    schema = view_named(read_views(workspace / "features"), view)
+    schema = view_named(all_views(workspace / "features"), view)
     rows = _conform(frame, schema)
     with held(workspace / LOCK, f"features push {view}"):
         return push_rows(open_own(workspace), workspace, schema, rows, datetime.now(UTC))
@@ -141,7 +141,7 @@ def freshness(workspace: Path) -> pl.DataFrame:
     microseconds and null where there is nothing.
     """
     store = open_store(workspace)
-    rows = [_freshness_of(workspace, store, view) for view in read_views(workspace / "features")]
+    rows = [_freshness_of(workspace, store, view) for view in all_views(workspace / "features")]
     return pl.DataFrame(rows, schema=_FRESHNESS, orient="row")
 
 

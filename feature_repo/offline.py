@@ -22,7 +22,7 @@ import polars as pl
 
 from feature_repo.online_config import OnlineConfig, registry_path, sqlite_section
 from feature_repo.owner import claim
-from feature_repo.views import TIMESTAMP, ViewSchema, read_views, view_named
+from feature_repo.views import TIMESTAMP, ViewSchema, all_views, kept_views, read_views, view_named
 from tandem.core.errors import IncompatibleError, InputError, UnavailableError
 from tandem.core.folders import held, write_text
 
@@ -87,17 +87,18 @@ def apply(workspace: Path, online: OnlineConfig | None = None) -> tuple[str, ...
     """Make the registry and the online tables equal to `features/schema.json`; returns the names of the views.
 
     `online` says where online features lie from now on; None leaves it as it is. What `schema.json` no longer names is deleted,
-    as `feast apply` does. Raises NotFoundError before the first build and BusyError while another run applies or materialises.
+    as `feast apply` does; the versions that it keeps for releases stay. Raises NotFoundError before the first build and BusyError
+    while another run applies or materialises.
     """
     from feast.repo_operations import apply_total_with_repo_instance
 
-    views = read_views(workspace / "features")
+    views, kept = read_views(workspace / "features"), kept_views(workspace / "features")
     with held(workspace / LOCK, "features apply"), quiet(), reaching_registry(workspace):
         write_feast_files(workspace, online)
         _make_registry_schema(workspace)
         store = open_own(workspace)
-        apply_total_with_repo_instance(store, PROJECT, store.registry, _contents(views), skip_source_validation=False)
-    return tuple(view.name for view in views)
+        apply_total_with_repo_instance(store, PROJECT, store.registry, _contents(views, kept), skip_source_validation=False)
+    return tuple(view.name for view in (*views, *kept))
 
 
 def historical(store: FeatureStore, entities: pl.DataFrame, views: Sequence[str]) -> pl.DataFrame:
@@ -107,7 +108,7 @@ def historical(store: FeatureStore, entities: pl.DataFrame, views: Sequence[str]
     null. Raises InputError when a key is missing, NotFoundError for an unknown view and IncompatibleError for one that was
     built anew but not applied.
     """
-    schemas = read_views(Path(store.config.repo_path) / "features")
+    schemas = all_views(Path(store.config.repo_path) / "features")
     chosen = [view_named(schemas, name) for name in views]
     missing = {TIMESTAMP, *(view.key for view in chosen)} - set(entities.columns)
     if missing:
@@ -221,7 +222,7 @@ def _settings(home: Path, online: dict[str, Any], registry: dict[str, Any]) -> d
     }
 
 
-def _contents(views: Sequence[ViewSchema]) -> Any:
+def _contents(views: Sequence[ViewSchema], kept: Sequence[ViewSchema]) -> Any:
     """The definitions in the form in which `feast apply` collects them from a repository."""
     from feast import Entity, FeatureService, FeatureView, Project
     from feast.feature_view import DUMMY_ENTITY
@@ -229,7 +230,7 @@ def _contents(views: Sequence[ViewSchema]) -> Any:
 
     from feature_repo.definitions import define
 
-    objects = list(define(views).values())
+    objects = list(define(views, kept).values())
     feature_views = [each for each in objects if isinstance(each, FeatureView)]
     return RepoContents(
         projects=[Project(name=PROJECT)],
@@ -251,7 +252,8 @@ _DEFINITIONS: Final = '''"""For Feast's own commands in this workspace; written 
 from pathlib import Path
 
 from feature_repo.definitions import define
-from feature_repo.views import read_views
+from feature_repo.views import kept_views, read_views
 
-globals().update(define(read_views(Path(__file__).parent / "features")))
+_features = Path(__file__).parent / "features"
+globals().update(define(read_views(_features), kept_views(_features)))
 '''

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from feature_repo.offline import open_store
 from feature_repo.snapshot import Snapshot, write_snapshot
+from feature_repo.views import ViewSchema
 from tandem.core.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -56,14 +57,17 @@ class UserReader:
         store: FeatureStore | Path,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         read_timeout_ms: int | None = None,
+        views: Sequence[str] | None = None,
     ) -> None:
-        """`store` is an open store, or a workspace, whose store `read_timeout_ms` limits. Raises NotFoundError before `apply`."""
+        """`store` is an open store, or a workspace, whose store `read_timeout_ms` limits. `views` are those that a release pins;
+        None reads the current ones. Raises NotFoundError for a view that is not applied.
+        """
         from feast.type_map import feast_value_type_to_python_type
 
         from feature_repo.newest import entity_key
 
         opened = open_store(store, read_timeout_ms) if isinstance(store, Path) else store
-        self._views = _views_of(opened)
+        self._views = _views_of(opened, views)
         self._read = opened.provider.online_read
         self._config = opened.config
         self._now = now
@@ -100,12 +104,35 @@ class UserReader:
         return rows
 
 
-def _views_of(store: FeatureStore) -> list[_View]:
+def read_feature(store: FeatureStore, view: ViewSchema, name: str, ids: Sequence[str]) -> list[tuple[datetime | None, Any]]:
+    """One feature of users or items as the online store has it: (event time, value), both None where it has no row."""
+    from feast.type_map import feast_value_type_to_python_type
+
+    from feature_repo.newest import entity_key
+
+    keys = [entity_key(view.key, each) for each in ids]
+    found = store.provider.online_read(store.config, store.get_feature_view(view.name), keys, [name]) if keys else []
+    return [(when, feast_value_type_to_python_type(values[name]) if values else None) for when, values in found]
+
+
+def _views_of(store: FeatureStore, pinned: Sequence[str] | None) -> list[_View]:
     from feast.errors import FeatureServiceNotFoundException
 
+    if pinned is not None:
+        return [_pinned(store, name) for name in pinned]
     try:
         service = store.get_feature_service(SERVICE)
     except FeatureServiceNotFoundException:
         raise NotFoundError(f"no feature service {SERVICE!r} is applied; run `tandem features apply`") from None
     chosen = [(store.get_feature_view(each.name), each) for each in service.feature_view_projections]
     return [_View(view, tuple(f.name for f in projection.features), view.ttl or None) for view, projection in chosen]
+
+
+def _pinned(store: FeatureStore, name: str) -> _View:
+    from feast.errors import FeatureViewNotFoundException
+
+    try:
+        view = store.get_feature_view(name)
+    except FeatureViewNotFoundException:
+        raise NotFoundError(f"feature view {name!r} is not applied; run `tandem features apply` and `materialize`") from None
+    return _View(view, tuple(each.name for each in view.features), view.ttl or None)

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from feature_repo.views import TIMESTAMP, ViewSchema, read_views
+from feature_repo.views import TIMESTAMP, ViewSchema, all_views
 from tandem.core.errors import InputError, IntegrityError, NotFoundError
 from tandem.core.folders import MANIFEST, content_hash, hash_files, read_json, verify_files, whole_folder, write_json, write_text
 
@@ -88,7 +88,7 @@ def write_snapshot(features_folder: Path, snapshot_folder: Path, as_of: datetime
 
     A feature older than its view's ttl is missing. Equal content gives an equal version. The newest three versions are kept.
     """
-    views = [view for view in read_views(features_folder) if view.entity == "item"]
+    views = [view for view in all_views(features_folder) if view.entity == "item"]
     table = _newest_rows(features_folder.parent, views, as_of)
     names = [column for column in table.columns if column != "item_id"]
     version = f"{as_of.astimezone(UTC):%Y%m%dT%H%M%S%fZ}-{_fingerprint(table, views)}"
@@ -115,7 +115,7 @@ def _newest_rows(workspace: Path, views: Sequence[ViewSchema], as_of: datetime) 
 def _newest_of(workspace: Path, view: ViewSchema, as_of: datetime) -> pl.LazyFrame:
     path = workspace / view.path
     rows = pl.scan_parquet(str(path / "*.parquet") if path.is_dir() else str(path), glob=path.is_dir())
-    numeric = [each.name for each in view.fields if each.is_numeric]
+    numeric = [pl.col(each.name).alias(view.snapshot_column(each.name)) for each in view.fields if each.is_numeric]
     known = rows.filter(pl.col(TIMESTAMP) <= as_of, pl.col("item_id").is_not_null())
     if view.ttl_days:
         known = known.filter(pl.col(TIMESTAMP) >= as_of - timedelta(days=view.ttl_days))
@@ -124,7 +124,7 @@ def _newest_of(workspace: Path, view: ViewSchema, as_of: datetime) -> pl.LazyFra
 
 
 def _check_names(views: Sequence[ViewSchema]) -> None:
-    names = [each.name for view in views for each in view.fields if each.is_numeric]
+    names = [view.snapshot_column(each.name) for view in views for each in view.fields if each.is_numeric]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise InputError(f"two item views have features of one name: {double}; rename one")

@@ -1,15 +1,20 @@
 """What a feature view is made of: the `features/schema.json` that ties offline tables, Feast and readers together.
 
-In: the schemas that `aggregates.py` derives from its tables. Out: `features/schema.json`, read back by `definitions.py`
+In: the schemas that `versions.py` derives from the tables. Out: `features/schema.json`, read back by `definitions.py`
 (which turns each entry into a Feast view), `offline.py`, `materialize.py` and `online.py`. No Feast here.
+
+A view whose definition changes gets another version, which is a view of its own: `user_stats`, then `user_stats__v2`. Versions
+that are not built from today's settings, but that a release still reads, are kept beside the current ones.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import polars as pl
 
@@ -65,7 +70,10 @@ class FieldSchema:
 
 @dataclass(frozen=True)
 class ViewSchema:
-    """One feature view; `path`, a Parquet file or a folder of them, starts from the workspace; `ttl_days` None never expires."""
+    """One version of a feature view; `path`, a Parquet file or a folder of them, starts from the workspace.
+
+    `ttl_days` None never expires. `made_by` is what fills it (see `made.py`), plain values; {} where nobody wrote it down.
+    """
 
     name: str
     entity: str
@@ -73,6 +81,7 @@ class ViewSchema:
     version: int = 1
     ttl_days: float | None = None
     path: str = ""
+    made_by: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.entity not in ENTITIES:
@@ -88,6 +97,24 @@ class ViewSchema:
         return ENTITIES[self.entity]
 
     @property
+    def base(self) -> str:
+        """The name that all versions of the view have in common."""
+        return self.name.removesuffix(f"__v{self.version}")
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """All that makes a version what it is, in plain values; another definition is another version."""
+        features = {each.name: each.dtype for each in self.fields}
+        return {"entity": self.entity, "ttl_days": self.ttl_days, "features": features, "made_by": dict(self.made_by)}
+
+    def __str__(self) -> str:
+        return f"{self.base} version {self.version}: {json.dumps(self.definition)}"
+
+    def snapshot_column(self, feature: str) -> str:
+        """What the snapshot calls one of its features: two versions of a view may have one of the same name."""
+        return feature if self.version == 1 else f"{self.name}:{feature}"
+
+    @property
     def feature_names(self) -> tuple[str, ...]:
         return tuple(each.name for each in self.fields)
 
@@ -99,29 +126,64 @@ class ViewSchema:
 
     @classmethod
     def of_table(
-        cls, name: str, entity: str, table: pl.DataFrame, *, version: int = 1, ttl_days: float | None = None
+        cls,
+        name: str,
+        entity: str,
+        table: pl.DataFrame,
+        *,
+        version: int = 1,
+        ttl_days: float | None = None,
+        path: str = "",
+        made_by: Mapping[str, Any] | None = None,
     ) -> ViewSchema:
         """Describe a table [key, event_timestamp, features...]; raises InputError for a column type that no feature may have."""
         names = {dtype: text for text, dtype in DTYPES.items()}
         features = {column: dtype for column, dtype in table.schema.items() if column not in (ENTITIES.get(entity), TIMESTAMP)}
         fields = tuple(FieldSchema(column, names.get(dtype, str(dtype))) for column, dtype in features.items())
-        return cls(name, entity, fields, version, ttl_days)
+        return cls(name, entity, fields, version, ttl_days, path, made_by or {})
 
 
-def write_views(features_folder: Path, views: tuple[ViewSchema, ...]) -> None:
-    """Write `schema.json` atomically, views in the order given."""
-    names = [view.name for view in views]
+def versioned(base: str, version: int) -> str:
+    """The name of one version of a view, which never changes: other versions come and go beside it."""
+    return base if version == 1 else f"{base}__v{version}"
+
+
+def same_definition(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Are two definitions one? What fills a view may not have been written down; then its shape decides."""
+    if one["made_by"] and other["made_by"]:
+        return dict(one) == dict(other)
+    return {**one, "made_by": {}} == {**other, "made_by": {}}
+
+
+def write_views(features_folder: Path, views: tuple[ViewSchema, ...], kept: tuple[ViewSchema, ...] = ()) -> None:
+    """Write `schema.json` atomically, views in the order given; `kept` are versions that only releases still read."""
+    names = [view.name for view in (*views, *kept)]
     if len(set(names)) < len(names):
         raise InputError(f"two feature views have one name in {names}; rename one")
-    write_json(features_folder / SCHEMA_FILE, {"views": [asdict(view) for view in views]})
+    written = {"views": [asdict(view) for view in views]}
+    write_json(features_folder / SCHEMA_FILE, written | ({"kept": [asdict(view) for view in kept]} if kept else {}))
 
 
 def read_views(features_folder: Path) -> tuple[ViewSchema, ...]:
-    """Read `schema.json`; raises NotFoundError when nothing was aggregated yet."""
+    """The current views of `schema.json`; raises NotFoundError when nothing was aggregated yet."""
+    return _read(features_folder, "views")
+
+
+def kept_views(features_folder: Path) -> tuple[ViewSchema, ...]:
+    """The versions that are kept for releases alone; raises NotFoundError when nothing was aggregated yet."""
+    return _read(features_folder, "kept")
+
+
+def all_views(features_folder: Path) -> tuple[ViewSchema, ...]:
+    """The current views, then those that are kept."""
+    return read_views(features_folder) + kept_views(features_folder)
+
+
+def _read(features_folder: Path, part: str) -> tuple[ViewSchema, ...]:
     path = features_folder / SCHEMA_FILE
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist; run `tandem features build` first")
-    return tuple(_view(raw) for raw in read_json(path)["views"])
+    return tuple(view_of(raw) for raw in read_json(path).get(part, ()))
 
 
 def view_named(views: tuple[ViewSchema, ...], name: str) -> ViewSchema:
@@ -132,6 +194,7 @@ def view_named(views: tuple[ViewSchema, ...], name: str) -> ViewSchema:
     raise NotFoundError(f"no feature view {name!r}; there are {[view.name for view in views]}")
 
 
-def _view(raw: dict[str, object]) -> ViewSchema:
-    fields = tuple(FieldSchema(**each) for each in raw["fields"])  # type: ignore[attr-defined]
-    return ViewSchema(**{**raw, "fields": fields})  # type: ignore[arg-type]
+def view_of(raw: Mapping[str, Any]) -> ViewSchema:
+    """A view from the plain values that `dataclasses.asdict` makes of it."""
+    fields = tuple(FieldSchema(**each) for each in raw["fields"])
+    return ViewSchema(**{**raw, "fields": fields})

@@ -436,9 +436,16 @@ def _lineage(manifest: Manifest, folder: Path) -> dict[str, str]:
     if service := manifest.source.get("feature_service"):
         tags["feast.feature_service"] = str(service)
     if _FEATURES in manifest.files:
-        views = json.loads((folder / _FEATURES).read_text(encoding="utf-8"))
-        tags["feast.feature_views"] = ", ".join(f"{view}:{facts['version']}" for view, facts in sorted(views.items()))
+        pins = json.loads((folder / _FEATURES).read_text(encoding="utf-8"))
+        tags["feast.feature_views"] = ", ".join(f"{view}:{version}" for view, version in sorted(_versions(pins).items()))
     return tags
+
+
+def _versions(pins: Mapping[str, Any]) -> dict[str, int]:
+    """View -> version from `features.json`, whose views are a list, or in older releases its keys."""
+    if isinstance(pins.get("views"), list):
+        return {view["name"]: view["version"] for view in pins["views"]}
+    return {name: facts["version"] for name, facts in pins.items()}
 
 
 def _signature(mlflow: Any) -> Any:

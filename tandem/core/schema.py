@@ -109,6 +109,12 @@ class Source:
                 return task
         raise InputError(f"no task {name!r} in source {self.kind!r}; it has {[task.name for task in self.tasks]}")
 
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """Every action that the source speaks of, once each."""
+        shown = () if self.impression is None else (self.impression,)
+        return tuple(dict.fromkeys((*self.history, *(task.action for task in self.tasks), *shown)))
+
     def is_history(self) -> pl.Expr:
         """Boolean expression over `events`: does this event belong to a user's history?"""
         return pl.col("action").is_in(list(self.history))

@@ -363,8 +363,14 @@ def similar(body: SimilarBody, service: Here) -> SlateAnswer:
 def events(body: EventsBody, service: Here) -> EventsAnswer:
     """Take what users did: it is kept, and their next slate knows it."""
     now = datetime.now(UTC)
-    rows = [each.model_dump() | {"timestamp": each.timestamp or now} for each in body.events]
-    done = service.gate.push(pl.DataFrame(rows, schema=_EVENT, orient="row"), now)
+    context = [name for name in service.settings.features.context if any(name in each.context for each in body.events)]
+    rows = [
+        each.model_dump(exclude={"context"})
+        | {"timestamp": each.timestamp or now}
+        | {name: each.context.get(name) for name in context}
+        for each in body.events
+    ]
+    done = service.gate.push(pl.DataFrame(rows, schema=_EVENT | dict.fromkeys(context, pl.String()), orient="row"), now)
     refused = tuple(RefusedEvent(index=row, reason=reason) for row, reason in done.refused.iter_rows())
     counts = {name: getattr(done, name) for name in ("received", "appended", "duplicates", "users", "items", "pending")}
     return EventsAnswer(refused=refused, **counts)

@@ -14,7 +14,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from feature_repo.crosses import ItemColumns, RequestColumns, cross_columns
+from feature_repo.crosses import ItemColumns, RequestColumns, combined, cross_columns, faded
+from feature_repo.features import check_sides, stored_time
+from feature_repo.pins import Pins
 from retrieval.candidates import Candidates
 from retrieval.filters import ALWAYS
 from retrieval.listing import AVAILABLE, CODES
@@ -26,7 +28,6 @@ SOURCE_COLUMNS: Final = ("covisit", "popular", "history")
 WITHIN_REQUEST: Final = ("tower_score", "covisit_score", "popularity", "similarity_max", "similarity_mean", "item_events_30d")
 """Columns that the ranker also sees relative to the other candidates of the request."""
 
-_LISTS: Final = frozenset({"history_items", "history_times", "history_values", "top_categories", "category_shares"})
 _CATEGORIES: Final = 8
 _TOP: Final = 16
 _NO_ITEM: Final = -1
@@ -57,7 +58,10 @@ class CatalogueColumns:
 
 @dataclass(frozen=True)
 class Users:
-    """R requests' user side: numeric features (R, F) by name, and what the crosses read. Histories are dense item ids."""
+    """R requests' own side: numeric features (R, F) by name, context among them, and what the crosses read.
+
+    Histories are dense item ids.
+    """
 
     names: tuple[str, ...]
     numbers: NDArray[np.float32]
@@ -69,14 +73,19 @@ class Users:
 
 
 class Assembler:
-    """Builds feature matrices for one retriever's catalogue; stateless but for what it derives from it once."""
+    """Builds feature matrices for one retriever's catalogue; stateless but for what it derives from it once.
 
-    def __init__(self, retriever: Retriever, user_names: Sequence[str], item_names: Sequence[str], history_length: int) -> None:
-        self.retriever = retriever
+    `pins` say which features there are: those that the ranker was trained on, or is to be.
+    """
+
+    def __init__(self, retriever: Retriever, pins: Pins, history_length: int) -> None:
+        self.retriever, self.pins = retriever, pins
         self.catalogue = CatalogueColumns.of(retriever)
-        self.user_names = tuple(name for name in user_names if name not in _LISTS and not name.endswith("_time"))
-        self.item_names = tuple(name for name in item_names if not name.endswith(("_time", "_from")))
-        self.history_length = history_length
+        self.user_names = tuple(name for name in pins.numbers("user") if not name.endswith("_time"))
+        self.item_names = tuple(name for name in pins.numbers("item") if not name.endswith(("_time", "_from")))
+        self.context_names = tuple(f"{name}={value}" for name, values in pins.context.items() for value in values)
+        self.history_length = pins.history_length or history_length
+        self._fading = pins.half_lives
 
     def popularity(self, items: NDArray[np.int64]) -> NDArray[np.float32]:
         """log(1 + training users) of items by dense id."""
@@ -86,8 +95,13 @@ class Assembler:
         """(len(items), C) category codes, -1 as padding, as they are now."""
         return self.retriever.listing.gathered(CODES, self.catalogue.items.categories, items)
 
-    def users(self, rows: Sequence[Mapping[str, Any]], times_us: NDArray[np.int64]) -> Users:
-        """`rows`: user features by name, None where missing; `times_us` (R,): the moments asked about."""
+    def users(
+        self, rows: Sequence[Mapping[str, Any]], times_us: NDArray[np.int64], contexts: Sequence[Mapping[str, str | None]] = ()
+    ) -> Users:
+        """`rows`: user features by name, None where missing; `times_us` (R,): the moments asked about.
+
+        `contexts`: per request what is known of where it came from, such as {"device": "phone"}; nothing where it is left out.
+        """
         histories = [self._history(row) for row in rows]
         width = max([1, *(len(items) for items, _ in histories)])
         history = np.full((len(rows), width), _NO_ITEM, np.int64)
@@ -106,8 +120,29 @@ class Assembler:
                     shares[place, slot] = share
         last = np.array([_or(row.get("user_last_time"), -1) for row in rows], np.int64)
         numbers = np.array([[_number(row.get(name)) for name in self.user_names] for row in rows], np.float32)
+        numbers = self._faded_now(numbers.reshape(len(rows), len(self.user_names)), rows, times_us)
+        known = np.array([self._context(each) for each in (contexts or [{}] * len(rows))], np.float32)
+        numbers = np.concatenate([numbers, known.reshape(len(rows), len(self.context_names))], axis=1)
         context = RequestColumns(times_us, history, history_times, last, codes, shares)
-        return Users(self.user_names, numbers.reshape(len(rows), len(self.user_names)), context)
+        return Users((*self.user_names, *self.context_names), numbers, context)
+
+    def _faded_now(
+        self, numbers: NDArray[np.float32], rows: Sequence[Mapping[str, Any]], times_us: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        for place, name in enumerate(self.user_names):
+            if name in self._fading:
+                then = np.array([_number(row.get(stored_time(name))) for row in rows], np.float64)
+                values = np.array([_number(row.get(name)) for row in rows], np.float64)
+                numbers[:, place] = faded(values, then, times_us, self._fading[name])
+        return numbers
+
+    def _context(self, given: Mapping[str, str | None]) -> list[float]:
+        """1 for a request's own value and 0 for the column's others; all NaN where it says nothing, or something unknown."""
+        found: list[float] = []
+        for name, values in self.pins.context.items():
+            value = given.get(name)
+            found += [float(value == each) for each in values] if value in values else [np.nan] * len(values)
+        return found
 
     def _history(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         items, times = row.get("history_items") or (), row.get("history_times") or ()
@@ -144,7 +179,9 @@ class Assembler:
                 columns[f"{source}_score"] = np.nan_to_num(found.scores[source], nan=0.0)[here]
         columns |= dict(crosses.items())
         columns |= {name: users.numbers[request, place] for place, name in enumerate(users.names)}
-        columns |= {name: item_columns[name] for name in self.item_names}
+        columns |= {name: self._item_column(name, item_columns, users.context.time_us[request]) for name in self.item_names}
+        check_sides(self.pins.crosses, columns)
+        columns |= combined(columns, self.pins.crosses)
         matrix = np.stack([np.asarray(column, np.float32) for column in columns.values()], axis=1)
         return matrix, tuple(columns)
 
@@ -169,6 +206,13 @@ class Assembler:
             np.where(available == ALWAYS, _NO_ITEM, available),
         )
         return replace(context, history=local), columns, np.searchsorted(rows, item)
+
+    def _item_column(self, name: str, columns: Mapping[str, NDArray[Any]], now_us: NDArray[np.int64]) -> NDArray[Any]:
+        """One item feature as it is at each pair's time."""
+        if name not in self._fading:
+            return columns[name]
+        never = np.full(len(now_us), np.nan)
+        return faded(columns[name], columns.get(stored_time(name), never), now_us, self._fading[name])
 
 
 def pairs(found: Candidates) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -142,6 +142,23 @@ def features_push(
     run(context, as_json, recipe(lambda settings, recipes: recipes.features_push(settings, path)))
 
 
+@features.command("show")
+def features_show(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="FEATURE")],
+    entity: Annotated[str | None, typer.Option("--of", help="A user or item id. Default: those of the newest events.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One feature: its definition, and its values in training rows, online and in the snapshot."""
+    run(context, as_json, recipe(lambda settings, recipes: recipes.feature_show(settings, name, entity)))
+
+
+@features.command("prune")
+def features_prune(context: typer.Context, as_json: Json = False) -> None:
+    """Drop older versions of views that neither the champion, the two before it nor the challenger reads."""
+    run(context, as_json, recipe(lambda settings, recipes: recipes.features_prune(settings)))
+
+
 @features.command("check")
 def features_check(context: typer.Context, as_json: Json = False) -> None:
     """Leakage, parity online and as served, freshness, drift: one table; exit code 3 when a check fails."""
@@ -333,6 +350,7 @@ def recommend(
     session: Annotated[list[str] | None, typer.Option(help="Item id of this session, oldest first; repeat it.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Only items of this category; repeat it.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Item id that must not come; repeat it.")] = None,
+    where: Annotated[list[str] | None, typer.Option("--context", help="device=phone, for example; repeat it.")] = None,
     as_json: Json = False,
 ) -> None:
     """A slate for a user, a session, a sentence, or any mix of them."""
@@ -340,7 +358,9 @@ def recommend(
     def work(settings: Settings, progress: Progress) -> Outcome:
         from tandem.service.questions import recommend as ask
 
-        return ask(settings, user, query, k, tuple(session or ()), tuple(category or ()), tuple(exclude or ()))
+        return ask(
+            settings, user, query, k, tuple(session or ()), tuple(category or ()), tuple(exclude or ()), tuple(where or ())
+        )
 
     run(context, as_json, work)
 
@@ -371,14 +391,20 @@ def search(context: typer.Context, text: Annotated[str, typer.Argument()], k: Co
 
 @app.command()
 def why(
-    context: typer.Context, user: Annotated[str, typer.Argument()], item: Annotated[str, typer.Argument()], as_json: Json = False
+    context: typer.Context,
+    user: Annotated[str, typer.Argument()],
+    item: Annotated[str, typer.Argument()],
+    feature: Annotated[
+        list[str] | None, typer.Option(help="What the ranker knew: a feature's name, or a part of it; repeat it.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Which stage dropped an item for a user, or at what rank and score it passed."""
 
     def work(settings: Settings, progress: Progress) -> Outcome:
         from tandem.service.questions import why as ask
 
-        return ask(settings, user, item)
+        return ask(settings, user, item, tuple(feature or ()))
 
     run(context, as_json, work)
 

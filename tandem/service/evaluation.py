@@ -26,6 +26,7 @@ from tandem.core.metrics import auc, expected_calibration_error
 from tandem.service.assemble import CatalogueColumns, pairs
 from tandem.service.funnel import Report, Truth, compare, main_categories, measure, summarise
 from tandem.service.learn import Answered, Dataset, Offline, Progress, label
+from tandem.service.pinned import pinned_by
 from tandem.service.settings import Settings
 
 DEPTH: Final = 100
@@ -57,7 +58,9 @@ class Rival:
     def open(cls, settings: Settings, data: Dataset, folder: Path, store: Any) -> Rival:
         """Load a verified release folder."""
         retriever = Retriever.load(folder)
-        return cls(Offline(settings, replace(data, items=retriever.items), retriever, store), Ranker.load(folder / "ranker"))
+        ranker = Ranker.load(folder / "ranker")
+        pins = pinned_by(settings, folder).limited_to(ranker.names)
+        return cls(Offline(settings, replace(data, items=retriever.items), retriever, store, pins), ranker)
 
     def ranking(self, requests: pl.DataFrame, items: pl.DataFrame) -> NDArray[np.int64]:
         """Its order for the requests as rows of `items`, (R, DEPTH); an item that is gone is -1."""

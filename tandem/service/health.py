@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from feature_repo.aggregates import FIRST_PART, rows_since
+from feature_repo.aggregates import rows_since
 from feature_repo.checks import EVE, CheckResult, freshness, leakage, parity, views_fresh
 from feature_repo.materialize import BEGINNING
 from feature_repo.materialize import freshness as view_freshness
@@ -24,7 +24,8 @@ from feature_repo.served import ServedLog
 from feature_repo.shift import drift
 from feature_repo.snapshot import Snapshot
 from feature_repo.store import EVENTS_FILE, load_events, load_items, load_source
-from feature_repo.views import MAX_AHEAD, SCHEMA_FILE, TIMESTAMP, ViewSchema, read_views
+from feature_repo.versions import FIRST_PART
+from feature_repo.views import MAX_AHEAD, SCHEMA_FILE, TIMESTAMP, ViewSchema, all_views, read_views
 from registry.store import ReleaseStore
 from tandem.core.errors import NotFoundError
 from tandem.core.schema import TIME
@@ -56,8 +57,8 @@ def feature_checks(settings: Settings, now: datetime | None = None) -> list[Chec
         leakage(training_sample(plane), plane.tables, plane.ttl),
         _known_in_time(plane, settings),
         _online_parity(plane, users),
-        replay_users(served, plane.views, plane.workspace, plane.as_of),
-        replay_items(served, plane.views, plane.workspace, plane.as_of),
+        replay_users(served, all_views(settings.feature_tables), plane.workspace, plane.as_of),
+        replay_items(served, all_views(settings.feature_tables), plane.workspace, plane.as_of),
         views_fresh(view_freshness(plane.workspace), plane.ttl, moment, settings.checks.freshness.fresh),
         _snapshot_fresh(plane, settings.checks.freshness.fresh, moment),
         _drifted(plane, settings),
@@ -73,8 +74,8 @@ def release_checks(settings: Settings) -> dict[str, CheckResult]:
         leakage(training_sample(plane), plane.tables, plane.ttl),
         _known_in_time(plane, settings),
         *([_online_parity(plane, users)] if users else []),
-        replay_users(served, plane.views, plane.workspace, plane.as_of),
-        replay_items(served, plane.views, plane.workspace, plane.as_of),
+        replay_users(served, all_views(settings.feature_tables), plane.workspace, plane.as_of),
+        replay_items(served, all_views(settings.feature_tables), plane.workspace, plane.as_of),
     ]
     return {result.name.replace(" ", "_"): result for result in results}
 
@@ -86,7 +87,7 @@ def wrong_values(result: CheckResult) -> int:
 
 @dataclass(frozen=True)
 class _Plane:
-    """One workspace's features: what the views are, their offline tables, the open Feast store, and the events."""
+    """One workspace's current features: what the views are, their offline tables, the open Feast store, and the events."""
 
     workspace: Path
     views: tuple[ViewSchema, ...]
@@ -141,7 +142,7 @@ def _known_in_time(plane: _Plane, settings: Settings) -> CheckResult:
     config = replace(settings.features, until=cut)
     again = rows_since(known.lazy(), load_items(settings.data), load_source(settings.data), config, chosen)
     results = [
-        leakage(_built(plane, view, chosen, cut), {view.name: again[view.name]}) for view in plane.views if view.name in again
+        leakage(_built(plane, view, chosen, cut), {view.name: again[view.base]}) for view in plane.views if view.base in again
     ]
     wrong = [each.detail for each in results if not each.passed]
     rows = sum(each.rows for each in results)

@@ -6,7 +6,7 @@ that those towers return for the `ranker` requests, calibrators on the `calibrat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from feature_repo.pins import Pins, known_contexts
 from feature_repo.splits import SplitConfig, SplitResult, make_requests
 from feature_repo.store import load_events, load_items_until, load_source
 from feature_repo.views import read_views
@@ -106,6 +107,16 @@ class Dataset:
         found = dict(zip(lists["request_id"].to_list(), lists["row"].to_list(), strict=True))
         return [np.array(found.get(request, []), np.int64) for request in requests["request_id"]]
 
+    def contexts_of(self, requests: pl.DataFrame, columns: Sequence[str]) -> list[dict[str, str | None]]:
+        """Per request what its user's events of that moment say about where they came from; of several the first."""
+        known = [name for name in columns if name in self.events.columns]
+        own = self.events.sort("event_id").group_by("user_id", "timestamp", maintain_order=True)
+        first = own.agg(pl.col(name).cast(pl.String).drop_nulls().first() for name in known)
+        found = requests.select("user_id", "timestamp").join(
+            first, on=["user_id", "timestamp"], how="left", maintain_order="left"
+        )
+        return found.select(known).to_dicts() if known else [{} for _ in range(len(requests))]
+
     def training_matrix(self) -> Any:
         """Users x items (U, N) CSR of the training events' history actions."""
         return interaction_matrix(self.split.training_events.filter(self.source.is_history()), self.items["item_id"].to_list())
@@ -176,13 +187,12 @@ class Answered:
 class Offline:
     """Asks a trained retriever the split's requests, with features as of each of them."""
 
-    def __init__(self, settings: Settings, data: Dataset, retriever: Retriever, store: Any) -> None:
+    def __init__(self, settings: Settings, data: Dataset, retriever: Retriever, store: Any, pins: Pins | None = None) -> None:
+        """`pins`: the features that a ranker was trained on; None takes those of the workspace, for one that is to be."""
         self.settings, self.data, self.retriever = settings, data, retriever
         self._store = store
-        views = read_views(settings.feature_tables)
-        self._user_views = [view for view in views if view.entity == "user"]
-        self._item_views = [view for view in views if view.entity == "item"]
-        self.assembler = open_assembler(settings, retriever)
+        self.pins = pins or workspace_pins(settings, data.events)
+        self.assembler = Assembler(retriever, self.pins, settings.features.history_length)
 
     def answer(self, requests: pl.DataFrame, extra: list[NDArray[np.int64]] | None = None) -> Answered:
         """Candidates and features of every request; `extra` are dense ids per request that are added where they are missing."""
@@ -202,8 +212,8 @@ class Offline:
 
         times = requests["timestamp"].dt.epoch("us").to_numpy()
         asked = requests.select("user_id", event_timestamp="timestamp")
-        rows = historical(self._store, asked, [view.name for view in self._user_views]).to_dicts()
-        users = self.assembler.users(rows, times)
+        rows = historical(self._store, asked, [view.name for view in self.pins.of_entity("user")]).to_dicts()
+        users = self.assembler.users(rows, times, self.data.contexts_of(requests, tuple(self.pins.context)))
         queries = Queries(users.histories, self.barred(seen, times), int(times.max()))
         found, tower = self.retriever.candidates(queries, replace(self.settings.candidates, k=self.settings.ranker.candidates))
         if extra is not None:
@@ -213,7 +223,7 @@ class Offline:
         entities = pl.DataFrame(
             {"item_id": self.data.items["item_id"].gather(item), "event_timestamp": requests["timestamp"].gather(request)}
         )
-        columns = historical(self._store, entities, [view.name for view in self._item_views])
+        columns = historical(self._store, entities, [view.name for view in self.pins.of_entity("item")])
         numbers = {name: columns[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in _numeric(columns)}
         features, names = self.assembler.features(users, found, tower, numbers)
         return found, features, names
@@ -293,14 +303,10 @@ def ranker_config(settings: Settings, source: Source, names: tuple[str, ...]) ->
     )
 
 
-def open_assembler(settings: Settings, retriever: Retriever) -> Assembler:
-    """The assembler for the features of the workspace: numeric columns of user and item views, in the views' order."""
-    views = read_views(settings.feature_tables)
-    names = {
-        entity: [each.name for view in views if view.entity == entity for each in view.fields if each.is_numeric]
-        for entity in ("user", "item")
-    }
-    return Assembler(retriever, names["user"], names["item"], settings.features.history_length)
+def workspace_pins(settings: Settings, events: pl.DataFrame) -> Pins:
+    """What a ranker that is trained now is built on: the current views, the declared crosses, and the contexts of the events."""
+    own = settings.features
+    return Pins(read_views(settings.feature_tables), own.crosses, known_contexts(events, own.context))
 
 
 def _numeric(frame: pl.DataFrame) -> list[str]:

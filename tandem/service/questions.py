@@ -23,9 +23,14 @@ def recommend(
     session: tuple[str, ...] = (),
     categories: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
+    context: tuple[str, ...] = (),
 ) -> Outcome:
-    """A slate for any mix of user, session and sentence. Raises InputError when `k` is out of range or a text is not Unicode."""
-    ask = Ask(user and check_id(user, "user_id"), session, _words(query), _checked(settings, k), categories, exclude)
+    """A slate for any mix of user, session and sentence; `context` are words like "device=phone".
+
+    Raises InputError when `k` is out of range, a text is not Unicode, or a context has no "=".
+    """
+    own = _context(context)
+    ask = Ask(user and check_id(user, "user_id"), session, _words(query), _checked(settings, k), categories, exclude, context=own)
     with _opened(settings) as recommender:
         slate = recommender.recommend(ask)
     who = f"user {ask.user_id}" if ask.user_id else "nobody in particular"
@@ -43,14 +48,23 @@ def similar(settings: Settings, item_id: str, k: int) -> Outcome:
     return _answer(slate, f"Like {item_id}", f"{len(slate.items)} items", following)
 
 
-def why(settings: Settings, user_id: str, item_id: str) -> Outcome:
-    """What every stage did with an item for a user."""
+def why(settings: Settings, user_id: str, item_id: str, features: tuple[str, ...] = ()) -> Outcome:
+    """What every stage did with an item for a user, and the features that the ranker knew whose names hold one of `features`."""
     with _opened(settings) as recommender:
         told = recommender.why(user_id, item_id)
     columns = ("stage", "what", "rank", "score")
     data = asdict(told) | {"stages": [dict(zip(columns, stage, strict=True)) for stage in told.stages]}
-    table = Table(f"{told.title} for user {told.user_id}", columns, told.stages)
+    shown = [(name, value) for name, value in told.features.items() if any(part in name for part in features)]
+    known = tuple(("feature", name, None, value) for name, value in shown)
+    table = Table(f"{told.title} for user {told.user_id}", columns, (*told.stages, *known))
     return Outcome(told.verdict, data, table, shlex.join(["tandem", "recommend", told.user_id]))
+
+
+def _context(words: tuple[str, ...]) -> dict[str, str]:
+    without = [word for word in words if "=" not in word]
+    if without:
+        raise InputError(f"context {without[0]!r} has no '='; write it like device=phone")
+    return dict(word.split("=", 1) for word in words)
 
 
 def slate_table(slate: Slate, title: str) -> Table:

@@ -80,6 +80,8 @@ class Ask:
     `categories` (any of them) and `exclude` hold beside what `filters` say.
     `deadline`, on `time.perf_counter`, is when stages that have a fallback are no longer begun.
     `noted` are further columns that the served-log keeps with the slate.
+    `context` is what is known of where the request comes from, such as {"device": "phone"}; what no training event had counts as
+    missing.
     """
 
     user_id: str | None = None
@@ -126,13 +128,17 @@ class Slate:
 
 @dataclass(frozen=True)
 class Why:
-    """What became of one item for one user: `stages` are (stage, what happened, rank from 1, score)."""
+    """What became of one item for one user: `stages` are (stage, what happened, rank from 1, score).
+
+    `features` are what the ranker knew of the two, by name, None where missing; empty for an item that did not come so far.
+    """
 
     user_id: str
     item_id: str
     title: str
     verdict: str
     stages: tuple[tuple[str, str, int | None, float | None], ...]
+    features: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,13 +217,13 @@ class Recommender:
         queries = self._queries(ask, users, sentence, now)
         found, tower = self._candidates(queries, max(self._parts.config.k, ask.k), clock)
         as_of = self._usable_as_of(now, clock)
-        features, names = self._features(users, found, tower, as_of, clock)
+        features, names, known = self._features(users, found, tower, as_of, clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         scores = self._with_words(scores, found, queries)
         order, propensity = self._rerank(found, scores, ask.k, clock)
         items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
         slate = self._slate(ask, items, cold, truncated, clock)
-        self._log(ask, slate, read, as_of, self._first_item(features, names, order) if as_of else None)
+        self._log(ask, slate, read, as_of, self._first_item(known, order) if as_of else None)
         return slate
 
     def retrieve(self, ask: Ask, now: datetime | None = None) -> Retrieved:
@@ -250,7 +256,7 @@ class Recommender:
         sentence, truncated = self._sentence(ask, clock)
         queries = self._queries(ask, users, sentence, now)
         found, tower = self._candidates(queries, ask.k, clock)
-        features, names = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
+        features, names, _ = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         scores = self._with_words(scores, found, queries)
         items = self._explained(
@@ -290,7 +296,7 @@ class Recommender:
         if traced.removed is not None:
             return Why(user_id, item_id, self._now.title(item), _removed(traced.removed), tuple(stages))
         found, tower = self._candidates(queries, self._parts.config.k, clock)
-        features, names = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
+        features, names, _ = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         place = int(np.flatnonzero(found.ids[0] == item)[0])
         rank = int((scores > scores[place]).sum()) + 1
@@ -307,7 +313,9 @@ class Recommender:
             if len(shown)
             else f"ranked {rank} of {len(scores)} candidates: not among the first 10"
         )
-        return Why(user_id, item_id, self._now.title(item), verdict, tuple(stages))
+        values = features[place].tolist() if len(features) else []
+        read = {name: None if value != value else value for name, value in zip(names, values, strict=False)}
+        return Why(user_id, item_id, self._now.title(item), verdict, tuple(stages), read)
 
     @property
     def live(self) -> LiveItems:
@@ -380,7 +388,7 @@ class Recommender:
         if ask.session:
             row["history_items"] = [*(row.get("history_items") or ()), *ask.session]
             row["history_times"] = [*(row.get("history_times") or ()), *[_us(now)] * len(ask.session)]
-        return self._parts.assembler.users([row], np.array([_us(now)], np.int64)), cold, read
+        return self._parts.assembler.users([row], np.array([_us(now)], np.int64), [ask.context]), cold, read
 
     def _sentence(self, ask: Ask, clock: _Clock) -> tuple[NDArray[np.float32] | None, bool]:
         """The sentence's vector (1, T), and whether the model could not read all of it."""
@@ -437,13 +445,16 @@ class Recommender:
 
     def _features(
         self, users: Users, found: Candidates, tower: NDArray[np.float32], as_of: datetime | None, clock: _Clock
-    ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    ) -> tuple[NDArray[np.float32], tuple[str, ...], dict[str, NDArray[Any]]]:
+        """The ranker's matrix, its names, and the item features as they are stored; all empty where they could not be read."""
         features: NDArray[np.float32] = np.empty((0, 0), np.float32)
         names: tuple[str, ...] = ()
+        stored: dict[str, NDArray[Any]] = {}
         with clock.stage("items", "item_features_unavailable"):
             clock.in_time()
-            features, names = self._parts.assembler.features(users, found, tower, self._item_columns(pairs(found)[1], as_of))
-        return features, names
+            stored = self._item_columns(pairs(found)[1], as_of)
+            features, names = self._parts.assembler.features(users, found, tower, stored)
+        return features, names, stored
 
     def _item_columns(self, items: NDArray[np.int64], as_of: datetime | None) -> dict[str, NDArray[Any]]:
         known = self._parts.items
@@ -564,14 +575,11 @@ class Recommender:
             items, self.release, ask.request_id or uuid.uuid4().hex, tuple(clock.degraded), clock.total(), cold, truncated
         )
 
-    def _first_item(
-        self, features: NDArray[np.float32], names: tuple[str, ...], order: NDArray[np.int64]
-    ) -> dict[str, float] | None:
-        """What the ranker knew of the slate's first item; None when there is none, or no features could be read."""
-        if self._parts.items is None or not len(features) or not len(order):
+    def _first_item(self, columns: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> dict[str, float] | None:
+        """The slate's first item's features as they are stored; None when there is none, or no features could be read."""
+        if self._parts.items is None or not columns or not len(order):
             return None
-        own = set(self._parts.assembler.item_names)
-        return {name: float(value) for name, value in zip(names, features[order[0]], strict=True) if name in own}
+        return {name: float(columns[name][order[0]]) for name in self._parts.assembler.item_names}
 
     def _log(
         self, ask: Ask, slate: Slate, read: UserRow | None, items_as_of: datetime | None, first: Mapping[str, float] | None

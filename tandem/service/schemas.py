@@ -28,7 +28,9 @@ class RecommendBody(Body):
     categories: tuple[Short, ...] = Field(default=(), max_length=MAX_LIST, description="only items of one of these categories")
     exclude: tuple[Id, ...] = Field(default=(), max_length=MAX_LIST, description="item ids that must not come")
     filters: FiltersBody = Field(default_factory=FiltersBody, description="beside `categories` and `exclude`")
-    context: dict[Short, Short] = Field(default_factory=dict, max_length=32)
+    context: dict[Short, Short] = Field(
+        default_factory=dict, max_length=32, description="where it is asked from, such as device and surface, as events say it"
+    )
     request_id: Id | None = None
 
     def ask(self, request_id: str) -> Ask:
@@ -67,6 +69,9 @@ class EventBody(Body):
     event_id: Id | None = None
     request_id: Id | None = Field(default=None, description="the slate's, where the event answers one")
     position: StrictInt | None = None
+    context: dict[Short, Short] = Field(
+        default_factory=dict, max_length=32, description="where it came from; what `[features] context` names is kept"
+    )
 
 
 class EventsBody(Body):
@@ -156,6 +161,7 @@ class WhyAnswer(BaseModel):
     title: str
     verdict: str
     stages: tuple[StageAnswer, ...]
+    features: dict[str, float | None] = Field(default_factory=dict, description="what the ranker knew, null where missing")
 
     @classmethod
     def of(cls, why: Why) -> WhyAnswer:

@@ -10,7 +10,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -347,7 +347,13 @@ def _nested(name: str, kind: type, value: Any) -> Any:
     if not isinstance(value, Mapping):
         keys = ", ".join(sorted(get_type_hints(kind)))
         raise InputError(f"{name} = {value!r} is no table; write {{ … }} with any of {keys}")
-    return kind(**_converted(name, kind, value))
+    converted = _converted(name, kind, value)
+    missing = [
+        each.name for each in fields(kind) if each.name not in converted and each.default is each.default_factory is MISSING
+    ]
+    if missing:
+        raise InputError(f"{name} lacks {', '.join(missing)}; add it")
+    return kind(**converted)
 
 
 def _check_known(key: str, known: set[str], what: str) -> None:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from feature_repo.erased import ErasedUsers
 from feature_repo.live_snapshot import LiveSnapshot
 from feature_repo.online import UserReader, UserRow
+from feature_repo.pins import FEATURES_FILE, Pins
 from feature_repo.served import ServedLog, view_versions
 from feature_repo.store import load_events, load_source
-from feature_repo.views import read_views
 from ranking.ranker import Ranker
 from registry.artifacts import Artifacts
 from registry.release import Manifest, release_folder, verify_release
@@ -30,8 +30,8 @@ from tandem.core.folders import read_json, write_json
 from tandem.service.assemble import Assembler
 from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
-from tandem.service.learn import open_assembler
 from tandem.service.live_items import LiveItems
+from tandem.service.pinned import pinned_by
 from tandem.service.problems import log_line
 from tandem.service.recommend import Parts, Recommender, UserRows
 from tandem.service.settings import EncoderSettings, Settings
@@ -58,9 +58,8 @@ def open_recommender(settings: Settings, release: str | None = None, served: str
     manifest = verify_release(folder, content_hash)
     retriever = Retriever.load(folder, sentence_weight=settings.service.sentence_weight)
     ranker = Ranker.load(folder / "ranker")
-    check_views(settings, folder)
     log = ServedLog(settings.workspace / served, without=ErasedUsers(settings.data).drop_from)
-    recommender = _in_workspace(settings, manifest.name, folder, retriever, ranker, log)
+    recommender = _in_workspace(settings, manifest.name, folder, retriever, ranker, pinned_by(settings, folder), log)
     if release is None:
         remember(settings, manifest)
     return recommender
@@ -76,29 +75,37 @@ def remember(settings: Settings, champion: Manifest) -> None:
 
 def trained_recommender(settings: Settings, retriever: Retriever, ranker: Ranker) -> Recommender:
     """What was trained, before it is a release: it answers as a service would, and what it answers is not logged."""
-    return _in_workspace(settings, "trained", settings.models / "retrieval", retriever, ranker, None)
+    pins = pinned_by(settings, settings.models / "ranker")
+    return _in_workspace(settings, "trained", settings.models / "retrieval", retriever, ranker, pins, None)
 
 
 def _in_workspace(
-    settings: Settings, name: str, folder: Path, retriever: Retriever, ranker: Ranker, log: ServedLog | None
+    settings: Settings,
+    name: str,
+    folder: Path,
+    retriever: Retriever,
+    ranker: Ranker,
+    pinned: Pins,
+    log: ServedLog | None,
 ) -> Recommender:
-    """A recommender over the workspace's features; `folder` has the text encoder's facts."""
-    views = read_views(settings.feature_tables)
+    """A recommender over those features of the workspace that are pinned; `folder` has the text encoder's facts."""
+    pins = pinned.limited_to(ranker.names)
+    users = [view.name for view in pins.of_entity("user")]
     encoder = LazyEncoder(folder, settings)
     return Recommender(
         Parts(
             release=name,
             retriever=retriever,
             ranker=ranker,
-            assembler=open_assembler(settings, retriever),
-            items=LiveSnapshot(settings.workspace / "snapshot", retriever.item_ids),
-            users=GuardedUsers(open_users(settings.workspace)),
+            assembler=Assembler(retriever, pins, settings.features.history_length),
+            items=LiveSnapshot(settings.workspace / "snapshot", retriever.item_ids, features=pins.item_columns),
+            users=GuardedUsers(open_users(settings.workspace, users)),
             seen=SeenInEvents(settings.data),
             encode=encoder,
             log=log,
             config=replace(settings.candidates, k=settings.ranker.candidates),
             rerank=settings.rerank,
-            views=view_versions({view.name: view.version for view in views}),
+            views=view_versions({view.name: view.version for view in pins.views}),
             clock=make_clock(settings),
             stale_after=settings.checks.freshness.stale,
             live=LiveItems(settings.data, retriever, encoder),
@@ -111,19 +118,9 @@ def load_folder(folder: Path) -> Recommender:
     manifest = verify_release(folder)
     retriever = Retriever.load(folder)
     settings = Settings(workspace=folder)
-    features = read_json(folder / "features.json")
-    names = {
-        kind: [name for view, facts in features.items() if view.startswith(kind) for name in facts["features"]]
-        for kind in ("user", "item")
-    }
     ranker = Ranker.load(folder / "ranker")
-    wanted = set(ranker.names)
-    assembler = Assembler(
-        retriever,
-        [name for name in names["user"] if name in wanted],
-        [name for name in names["item"] if name in wanted],
-        settings.features.history_length,
-    )
+    pins = Pins.read(folder / FEATURES_FILE).limited_to(ranker.names)
+    assembler = Assembler(retriever, pins, settings.features.history_length)
     return Recommender(
         Parts(
             manifest.name, retriever, ranker, assembler, None, None, None, LazyEncoder(folder, settings), None,
@@ -167,26 +164,11 @@ def _registered(settings: Settings, release: str | None) -> tuple[Path, str]:
         store.close()
 
 
-def check_views(settings: Settings, folder: Path) -> None:
-    """Raise IncompatibleError unless the release's feature views are the workspace's, name by name and version by version."""
-    pinned = read_json(folder / "features.json")
-    here = {view.name: view for view in read_views(settings.feature_tables)}
-    for name, facts in pinned.items():
-        view = here.get(name)
-        features = [] if view is None else [each.name for each in view.fields]
-        if view is None or view.version != facts["version"] or features != facts["features"]:
-            own = "none" if view is None else f"version {view.version} with {features}"
-            raise IncompatibleError(
-                f"{folder.name} was built on view {name} version {facts['version']} with {facts['features']}, "
-                f"but the workspace has {own}; build the features again, or create a new release"
-            )
-
-
-def open_users(workspace: Path) -> UserRows:
-    """Users' rows; when Feast's registry does not answer now, those of nobody, until it does."""
+def open_users(workspace: Path, views: Sequence[str]) -> UserRows:
+    """Users' rows in these views; when Feast's registry does not answer now, those of nobody, until it does."""
 
     def opened() -> UserRows:
-        return UserReader(workspace, read_timeout_ms=USER_READ_MS)
+        return UserReader(workspace, read_timeout_ms=USER_READ_MS, views=views)
 
     try:
         return opened()

@@ -21,6 +21,7 @@ from tandem.service.recipes.data import (
     features_build,
     features_check,
     features_materialize,
+    features_prune,
     features_push,
     import_source,
     simulate,
@@ -49,6 +50,7 @@ from tandem.service.recipes.releases import (
     release_rollback,
     release_show,
 )
+from tandem.service.recipes.shown import feature_show
 from tandem.service.recipes.workspace import EVALUATION, Progress, open_releases, quiet
 from tandem.service.settings import Settings
 
@@ -61,10 +63,12 @@ __all__ = [
     "experiment_set",
     "experiment_start",
     "experiment_stop",
+    "feature_show",
     "features_apply",
     "features_build",
     "features_check",
     "features_materialize",
+    "features_prune",
     "features_push",
     "import_source",
     "items_delete",
@@ -152,5 +156,7 @@ def _release_and_promote(settings: Settings, because: str) -> Outcome:
 
 def _inputs_hash(settings: Settings) -> str:
     files = [settings.data / name for name in ("events.parquet", "items.parquet", "users.parquet", "source.json")]
+    files += [settings.workspace / each.path for each in settings.features.tables.values()]
     sections = ("features", "split", "encoder", "tuning", "towers", "index", "candidates", "ranker", "evaluation", "rerank")
-    return content_hash([[file_hash(path) for path in files], [repr(getattr(settings, name)) for name in sections]])
+    hashes = [file_hash(path) if path.is_file() else None for path in files]
+    return content_hash([hashes, [repr(getattr(settings, name)) for name in sections]])

@@ -73,29 +73,42 @@ def _count(value: Any) -> int:
 
 def features_build(settings: Settings) -> Outcome:
     """Aggregate events into timestamped feature tables."""
-    from feature_repo.aggregates import build_tables, write_tables
+    from feature_repo.build import build_features
     from feature_repo.offline import LOCK
-    from feature_repo.store import compact, load_events, load_items, load_source, load_users
+    from feature_repo.store import compact
     from tandem.service.clock import make_clock
+    from tandem.service.pinned import pinned_views
 
     with writing(settings, "features build"), held(settings.workspace / LOCK, "features build"):
         compact(settings.data)
-        tables = build_tables(
-            load_events(settings.data),
-            load_items(settings.data),
-            load_users(settings.data),
-            load_source(settings.data),
-            dataclasses.replace(settings.features, until=make_clock(settings)()),
-        )
-        views = write_tables(tables, settings.feature_tables)
-    rows = tuple((view.name, view.entity, len(tables[view.name]), len(view.fields)) for view in views)
-    data = {view.name: {"rows": len(tables[view.name]), "features": len(view.fields)} for view in views}
+        config = dataclasses.replace(settings.features, until=make_clock(settings)())
+        built = build_features(settings.workspace, config, pinned_views(settings))
+    rows = tuple((view.name, view.entity, built.rows[view.name], len(view.fields)) for view in built.views)
+    data = {view.name: {"rows": built.rows[view.name], "features": len(view.fields)} for view in built.views}
+    kept = f"; kept for releases: {', '.join(view.name for view in built.kept)}" if built.kept else ""
     return Outcome(
-        f"{len(views)} feature tables",
+        f"{len(built.views)} feature tables{kept}",
         data,
         Table("Features", ("view", "entity", "rows", "features"), rows),
         "tandem features apply",
     )
+
+
+def features_prune(settings: Settings) -> Outcome:
+    """Drop the older versions of views that no live, waiting or earlier champion reads any more, with their tables everywhere."""
+    from feature_repo.offline import LOCK, apply
+    from feature_repo.versions import prune_versions
+    from feature_repo.views import kept_views
+    from tandem.service.pinned import pinned_views
+
+    with writing(settings, "features prune"), held(settings.workspace / LOCK, "features prune"):
+        gone = prune_versions(settings.feature_tables, pinned_views(settings))
+    if gone:
+        apply(settings.workspace)
+    kept = [view.name for view in kept_views(settings.feature_tables)]
+    rows = (*((name, "kept for a release") for name in kept), *((name, "dropped") for name in gone))
+    made = f"{len(gone)} older versions of views dropped, {len(kept)} kept for releases"
+    return Outcome(made, {"dropped": list(gone), "kept": kept}, Table("Older versions", ("view", ""), rows), "tandem status")
 
 
 def features_apply(settings: Settings) -> Outcome:

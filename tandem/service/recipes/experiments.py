@@ -31,14 +31,14 @@ def experiment_start(
     """Let a release answer beside the champion. Raises ConflictError naming an open experiment, and what verifying raises."""
     from registry.experiments import check_kind
     from registry.release import verify_release
-    from tandem.service.wiring import check_views
+    from tandem.service.pinned import pinned_by
 
     chosen = check_kind(kind)
     share = PERCENT[chosen] if percent is None else percent
     with open_releases(settings) as store:
         found = release_here(settings, store, release)
         verify_release(found.folder, found.content_hash)
-        check_views(settings, found.folder)
+        pinned_by(settings, found.folder)
         with store.work() as work:
             stage = work.start_experiment(release, chosen, share, who=who_am_i(), why=because, name=name)
             work.commit()

@@ -80,6 +80,7 @@ def _budgeted(index: VectorIndex) -> dict[str, Any]:
 
 def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     from feature_repo.offline import open_store
+    from feature_repo.pins import FEATURES_FILE
     from feature_repo.views import RANKING_SERVICE
     from retrieval.retriever import Retriever
     from tandem.service.learn import Dataset, Offline, train_ranking
@@ -88,13 +89,15 @@ def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
     data = Dataset.load(settings).over(retriever)
     progress("train ranker", 0, 1)
     with writing(settings, "train"), tracked_run(settings, "ranker") as log:
-        ranker = train_ranking(settings, data, Offline(settings, data, retriever, open_store(settings.workspace)), log.metrics)
+        offline = Offline(settings, data, retriever, open_store(settings.workspace))
+        ranker = train_ranking(settings, data, offline, log.metrics)
         log.params({"ranker": vars(settings.ranker)})
         log.inputs(settings, "training")
         log.tags({"towers": retriever.towers.fingerprint, "feast.feature_service": RANKING_SERVICE})
         with whole_folder(settings.models / RANKER) as folder:
             ranker.save(folder)
             write_json(folder / "link.json", {"towers": retriever.towers.fingerprint})
+            offline.pins.write(folder / FEATURES_FILE)
     progress("train ranker", 1, 1)
     return {"ranker_features": len(ranker.names), "ranker_tasks": ", ".join(task.name for task in data.source.tasks)}
 
@@ -119,6 +122,7 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
     from tandem.service.evaluation import evaluate_funnel
     from tandem.service.learn import Dataset, Offline
     from tandem.service.measured import MEASURED, measure
+    from tandem.service.pinned import pinned_by
 
     retriever = Retriever.load(settings.models / RETRIEVAL)
     data = Dataset.load(settings).over(retriever)
@@ -127,7 +131,8 @@ def evaluate(settings: Settings, progress: Progress = quiet) -> Outcome:
     store = open_store(settings.workspace)
     with writing(settings, "evaluate"), tracked_run(settings, "evaluate") as log:
         champion, rival = _rival(settings, data, store, retriever.towers.fingerprint)
-        found = evaluate_funnel(settings, data, Offline(settings, data, retriever, store), ranker, progress, rival)
+        pins = pinned_by(settings, settings.models / RANKER)
+        found = evaluate_funnel(settings, data, Offline(settings, data, retriever, store, pins), ranker, progress, rival)
         figures = _figures(found) | {"champion": champion}
         with whole_folder(settings.models / EVALUATION) as folder:
             found.report.users.write_parquet(folder / "users.parquet")
@@ -150,7 +155,6 @@ def _rival(settings: Settings, data: Dataset, store: Any, towers: str) -> tuple[
     """The live release, to be held against the new parts on the same requests; none where it cannot answer these features."""
     from registry.release import verify_release
     from tandem.service.evaluation import Rival
-    from tandem.service.wiring import check_views
 
     if not settings.knows_releases:
         return None, None
@@ -162,7 +166,6 @@ def _rival(settings: Settings, data: Dataset, store: Any, towers: str) -> tuple[
     try:
         champion = open_artifacts(settings).here(champion)
         verify_release(champion.folder, champion.content_hash)
-        check_views(settings, champion.folder)
         return champion.name, Rival.open(settings, data, champion.folder, store)
     except (IncompatibleError, IntegrityError, NotFoundError):
         return None, None

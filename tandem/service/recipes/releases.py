@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tandem.core.errors import ConflictError, InputError, NotFoundError, UnavailableError
-from tandem.core.folders import file_hash, read_json, whole_folder, write_json
+from tandem.core.folders import file_hash, read_json
 from tandem.service.outcome import Cell, Outcome, RefusedError, Table
 from tandem.service.recipes.gate import REPORT, USERS, judge, told
 from tandem.service.recipes.models import check_ranker_link, headline
@@ -43,8 +43,6 @@ def release_create(settings: Settings, name: str | None = None, because: str = "
     from registry.release import create_release, default_name, release_folder, release_hash
 
     with writing(settings, "release create"):
-        with whole_folder(settings.models / "release") as folder:
-            _write_feature_versions(settings, folder / "features.json")
         parts = _release_parts(settings)
         facts = _release_facts(settings)
         facts = replace(facts, timings={**facts.timings, **({"because": because} if because else {})})
@@ -72,6 +70,7 @@ def release_create(settings: Settings, name: str | None = None, because: str = "
 
 
 def _release_parts(settings: Settings) -> dict[str, Path]:
+    from feature_repo.pins import FEATURES_FILE
     from tandem.service.texts import ADAPTER
 
     retrieval, report = settings.models / RETRIEVAL, settings.models / EVALUATION / "report.json"
@@ -92,7 +91,7 @@ def _release_parts(settings: Settings) -> dict[str, Path]:
             USERS: settings.models / EVALUATION / "users.parquet",
             REPORT: report,
         }
-        | {"features.json": settings.models / "release" / "features.json"}
+        | {FEATURES_FILE: ranker / FEATURES_FILE}
         | ({ADAPTER: retrieval / ADAPTER} if (retrieval / ADAPTER).is_dir() else {})
     )
 
@@ -163,13 +162,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write_feature_versions(settings: Settings, path: Path) -> None:
-    from feature_repo.views import read_views
-
-    views = read_views(settings.feature_tables)
-    write_json(path, {view.name: {"version": view.version, "features": [each.name for each in view.fields]} for view in views})
-
-
 def _register(settings: Settings, store: ReleaseStore, name: str) -> tuple[str | None, str]:
     """MLflow's version of the release; when MLflow does not answer the release stands all the same, and says so."""
     release = store.get(name)
@@ -217,12 +209,14 @@ def release_show(settings: Settings, name: str) -> Outcome:
 def release_promote(settings: Settings, name: str, because: str = "", force: bool = False) -> Outcome:
     """Make a release the champion, if it is whole and the gate lets it; `force` needs a reason and is recorded."""
     from registry.release import verify_release
+    from tandem.service.pinned import pinned_by
 
     if force and not because:
         raise InputError('a forced promotion needs a reason; add --because "…"')
     with open_releases(settings) as store:
         release, champion = release_here(settings, store, name), store.champion()
         verify_release(release.folder, release.content_hash)
+        pinned_by(settings, release.folder)
         if champion.name == name:
             return Outcome(f"{name} is already the champion", {"champion": name}, None, "tandem serve")
         number, verdict = judge(settings, store, name)
@@ -242,17 +236,19 @@ def release_promote(settings: Settings, name: str, because: str = "", force: boo
 def release_rollback(
     settings: Settings, to: str | None = None, because: str = "", *, who: str = "", expected: Champion | None = None
 ) -> Outcome:
-    """Back to the champion before, or to a named earlier one, in one step.
+    """Back to the champion before, or to a named earlier one, in one step. Refused when the workspace lacks its features.
 
     `expected`: the champion that is to go; ConflictError when it is not that one any more, or is so by a later promotion.
     """
     from registry.release import verify_release
+    from tandem.service.pinned import pinned_by
 
     with open_releases(settings) as store:
         before = (expected or store.champion()).name
         target = to or store.previous()
         release = release_here(settings, store, target)
         verify_release(release.folder, release.content_hash)
+        pinned_by(settings, release.folder)
         version = expected.version if expected else None
         promotion = store.rollback(target, expected=before, who=who or who_am_i(), why=because or "rollback", version=version)
         note = _mirror(settings, store)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo import aggregates
+from feature_repo import histories
 from feature_repo.aggregates import AggregateConfig, build_tables, write_tables
 from feature_repo.views import read_views
 from tandem.core.errors import InputError
@@ -292,7 +292,7 @@ def test_category_blocks_cut_anywhere_give_one_answer(cells: int, monkeypatch: p
     names = [[f"c{code}" for code in rng.integers(0, 12, rng.integers(0, 4))] for _ in range(30)]
     items = pl.DataFrame([{"item_id": f"i{row}", "categories": names[row]} for row in range(30)], schema=ITEMS)
     whole = build_tables(frame_of(events), items, nobody(), RATINGS, CONFIG)["user_categories"]
-    monkeypatch.setattr(aggregates, "_BLOCK_CELLS", cells)
+    monkeypatch.setattr(histories, "_BLOCK_CELLS", cells)
     assert build_tables(frame_of(events), items, nobody(), RATINGS, CONFIG)["user_categories"].equals(whole)
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from feature_repo import crosses
-from feature_repo.crosses import CROSS_COLUMNS, ItemColumns, RequestColumns, cross_columns
+from feature_repo.crosses import CROSS_COLUMNS, ItemColumns, RequestColumns, combined, cross_columns, faded
+from feature_repo.features import Cross
 from tandem.core.errors import InputError
 from tandem.core.schema import MICROSECONDS_PER_DAY as DAY
 
@@ -212,3 +213,26 @@ def test_columns_of_different_length_are_refused() -> None:
         replace(context, time_us=np.array([NOW]))
     with pytest.raises(InputError, match="one shape"):
         replace(context, history_times=np.zeros((2, 9), np.int64))
+
+
+# --- what a workspace declares ----------------------------------------------------------------------------------------------
+
+
+def test_a_decayed_sum_halves_once_per_half_life_and_never_grows() -> None:
+    day = DAY
+    found = faded(np.array([8.0, 8.0, 8.0, 0.0]), np.array([0, 4 * day, 20 * day, np.nan]), np.full(4, 10 * day), 2.0)
+    assert found.tolist() == [8 / 32, 8 / 8, 8.0, 0.0]
+
+
+def test_a_missing_value_stays_missing_however_old() -> None:
+    assert np.isnan(faded(np.array([np.nan]), np.array([np.nan]), np.array([5]), 1.0)).all()
+
+
+def test_declared_crosses_are_missing_where_a_side_is_or_nothing_divides() -> None:
+    columns = {"left": np.array([6.0, 6.0, np.nan, 0.0]), "right": np.array([3.0, 0.0, 1.0, 0.0])}
+    declared = {"r": Cross("left", "right"), "d": Cross("left", "right", "difference"), "p": Cross("right", "left", "product")}
+    found = combined(columns, declared)
+    nan = np.nan
+    np.testing.assert_array_equal(found["r"], [2.0, nan, nan, nan])
+    np.testing.assert_array_equal(found["d"], [3.0, 6.0, nan, 0.0])
+    np.testing.assert_array_equal(found["p"], [18.0, 0.0, nan, 0.0])

@@ -42,7 +42,8 @@ def write(workspace: Path, as_of: datetime, events: list[int]) -> str:
 
 
 def fresh(workspace: Path, items: list[str], events: list[int]) -> None:
-    write_fresh(workspace / "snapshot", pl.DataFrame({"item_id": items, "events": events}))
+    rows = pl.DataFrame({"item_id": items, TIMESTAMP: [START] * len(items), "events": events}, schema_overrides={TIMESTAMP: TIME})
+    write_fresh(workspace / "snapshot", ViewSchema.of_table("item_stats", "item", rows), rows)
 
 
 def everything(live: LiveSnapshot) -> list[list[float]]:
