@@ -34,6 +34,9 @@ VERSIONS_FILE: Final = "versions.json"
 FIRST_PART: Final = "part-0.parquet"
 """The file of a view's folder that a build writes."""
 
+Ledger = dict[str, list[dict[str, Any] | None]]
+"""Per view its definitions, that of version 1 first; None for one that nobody knows any more."""
+
 Refill = Callable[[ViewSchema], pl.DataFrame | None]
 """An older version's table, computed anew; None where that cannot be done any more."""
 
@@ -89,29 +92,33 @@ def conforming(table: pl.DataFrame, view: ViewSchema) -> pl.DataFrame | None:
     return table.select(list(view.columns))
 
 
-def _ledger(features_folder: Path, before: Sequence[ViewSchema]) -> dict[str, list[dict[str, Any]]]:
-    """Every view's definitions, oldest first. Without the file, those that the schema has."""
+def _ledger(features_folder: Path, before: Sequence[ViewSchema]) -> Ledger:
+    """What `versions.json` says; without it, what the schema knows, so that no number is given twice."""
     path = features_folder / VERSIONS_FILE
-    if path.is_file():
-        known: dict[str, list[dict[str, Any]]] = read_json(path)["views"]
-        return known
-    return {view.base: [view.definition] for view in before if view.version == 1}
+    ledger: Ledger = read_json(path)["views"] if path.is_file() else {}
+    for view in before:
+        known = ledger.setdefault(view.base, [])
+        known += [None] * (view.version - len(known))
+        known[view.version - 1] = known[view.version - 1] or view.definition
+    return ledger
 
 
-def _versioned(base: str, filled: Filled, ledger: dict[str, list[dict[str, Any]]]) -> ViewSchema:
+def _versioned(base: str, filled: Filled, ledger: Ledger) -> ViewSchema:
     """The view with its version; a definition that is new to the ledger gets the next one."""
     entity = next(name for name, key in ENTITIES.items() if key in filled.table.columns)
     made_by = json.loads(json.dumps(dict(filled.made_by)))
     plain = ViewSchema.of_table(base, entity, filled.table, ttl_days=filled.ttl_days, made_by=made_by)
     known = ledger.setdefault(base, [])
-    number = next((place for place, each in enumerate(known) if same_definition(each, plain.definition)), len(known))
+    same = (place for place, each in enumerate(known) if each is not None and same_definition(each, plain.definition))
+    number = next(same, len(known))
     known[number:] = [_fuller(plain.definition, known[number:]), *known[number + 1 :]]
     name = versioned(base, number + 1)
     return ViewSchema(name, entity, plain.fields, number + 1, filled.ttl_days, f"features/{name}", made_by)
 
 
-def _fuller(new: dict[str, Any], known: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return new if new["made_by"] or not known else known[0]
+def _fuller(new: dict[str, Any], known: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    older = known[0] if known else None
+    return new if new["made_by"] or older is None else older
 
 
 def _write_table(features_folder: Path, view: ViewSchema, table: pl.DataFrame) -> None:

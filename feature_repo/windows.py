@@ -160,12 +160,11 @@ def _decayed(name: str, declared: Declared, now: pl.DataFrame, sums: pl.DataFram
     assert declared.half_life_days is not None
     first = own.with_row_index("row").select(pl.col("row").first().over(key).cast(pl.Int64)).to_series().to_numpy()
     times = own[TIMESTAMP].dt.epoch("us")
-    scan = [
-        decayed_sums(first, times.to_numpy(), own[column].to_numpy(), declared.half_life_days) for column in ("hits", "amount")
-    ]
-    value = {"count": scan[0], "sum": scan[1], "mean": scan[1] / scan[0]}[declared.what]
+    columns = {"count": ["hits"], "sum": ["amount"], "mean": ["amount", "hits"]}[declared.what]
+    found = [decayed_sums(first, times.to_numpy(), own[column].to_numpy(), declared.half_life_days) for column in columns]
+    value = found[0] / found[1] if declared.what == "mean" else found[0]
     known = own.select(key, TIMESTAMP).with_columns(pl.Series("value", value, pl.Float64), times.alias("time"))
-    found = now.select(key, TIMESTAMP).join_asof(known, on=TIMESTAMP, by=key, strategy="backward", check_sortedness=False)
+    last = now.select(key, TIMESTAMP).join_asof(known, on=TIMESTAMP, by=key, strategy="backward", check_sortedness=False)
     if not declared.decays:
-        return [found["value"].alias(name)]
-    return [found["value"].fill_null(0.0).alias(name), found["time"].alias(stored_time(name))]
+        return [last["value"].alias(name)]
+    return [last["value"].fill_null(0.0).alias(name), last["time"].alias(stored_time(name))]

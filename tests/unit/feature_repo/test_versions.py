@@ -111,6 +111,15 @@ def test_a_workspace_from_before_versions_keeps_its_first_one(tmp_path: Path) ->
     assert write(tmp_path, {"revision": 2}) == "item_sales__v2"
 
 
+def test_a_lost_ledger_gives_no_number_twice(tmp_path: Path) -> None:
+    write(tmp_path, {"revision": 1})
+    write(tmp_path, {"revision": 2})
+    (tmp_path / "versions.json").unlink()
+    assert write(tmp_path, {"revision": 2}) == "item_sales__v2"
+    assert write(tmp_path, {"revision": 3}) == "item_sales__v3"
+    assert read_json(tmp_path / "versions.json")["views"]["item_sales"][0] is None
+
+
 # --- what fills a version ---------------------------------------------------------------------------------------------------
 
 OLD = AggregateConfig(
