@@ -28,7 +28,7 @@ def pinned_by(settings: Settings, folder: Path) -> Pins:
 
 
 def pinned_views(settings: Settings) -> frozenset[str]:
-    """Names of the versions that the champion, the two before it, any challenger or the trained ranker read."""
+    """Names of the versions that the champion, the two before it, a challenger or the trained ranker read."""
     folders = [settings.models / RANKER, *(_live_folders(settings) if settings.knows_releases else ())]
     paths = [folder / FEATURES_FILE for folder in folders]
     return frozenset(view.name for path in paths if path.is_file() for view in Pins.read(path).views)

@@ -14,12 +14,14 @@ from fastapi.testclient import TestClient
 from feature_repo.checks import FreshnessLimits
 from feature_repo.materialize import materialize
 from feature_repo.offline import apply
+from feature_repo.pins import FEATURES_FILE
 from feature_repo.served import ServedLog
 from feature_repo.snapshot import Snapshot
 from feature_repo.store import load_events
 from feature_repo.views import SCHEMA_FILE
 from tandem.core.errors import InputError
 from tandem.core.folders import read_json, write_json
+from tandem.service import recipes
 from tandem.service.app import create_app
 from tandem.service.recommend import Ask, Slate
 from tandem.service.settings import CheckSettings, Settings, load_settings
@@ -73,11 +75,15 @@ def test_the_hard_limit_is_a_setting_and_can_be_switched_off(settings: Settings)
 
 
 def test_a_users_row_older_than_its_views_ttl_counts_as_missing_and_the_slate_says_so(settings: Settings) -> None:
-    path = settings.feature_tables / SCHEMA_FILE
-    views = read_json(path)["views"]
-    write_json(path, {"views": [view | {"ttl_days": 1.0} if view["name"] == "user_history" else view for view in views]})
+    """The release is made anew on such a view: one that was built on it without a ttl would be refused."""
+    for path in (settings.feature_tables / SCHEMA_FILE, settings.models / "ranker" / FEATURES_FILE):
+        raw = read_json(path)
+        views = [view | {"ttl_days": 1.0} if view["name"] == "user_history" else view for view in raw["views"]]
+        write_json(path, raw | {"views": views})
     apply(settings.workspace)
     materialize(settings.workspace)
+    recipes.release_create(settings, "with-ttl")
+    recipes.release_promote(settings, "with-ttl", because="histories expire", force=True)
     slate = asked(settings, as_of(settings))
     newest = load_events(settings.data)["timestamp"].max()
     assert isinstance(newest, datetime)
