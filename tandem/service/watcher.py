@@ -53,6 +53,7 @@ class Watcher:
         self._refused: int | None = None
         self._given_up: set[int] = set()
         self._broken: tuple[int, str] | None = None
+        self._looking = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch rollout", daemon=True)
 
@@ -70,6 +71,10 @@ class Watcher:
 
     def look(self) -> None:
         """One look: count, follow the open experiment, and end what is broken. Never raises: what answers goes on answering."""
+        with self._looking:
+            self._guarded_look()
+
+    def _guarded_look(self) -> None:
         try:
             self._look(self._opened())
         except (UnavailableError, BusyError) as error:
