@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tandem.core.folders import file_hash, read_json, write_json
-from tandem.service import cli, demo, recipes
+from tandem.service import cli, command, demo, recipes
 from tandem.service.outcome import Outcome, Table
 from tandem.service.settings import load_settings
 from tandem.service.terminal import cell, plain, print_outcome, spoken, watched
@@ -216,15 +216,15 @@ def test_a_worse_release_is_refused_with_code_3_and_the_champion_stays(workspace
     evaluation.write_bytes(good)
     refused = run("--workspace", str(workspace), "release", "gate", "worse", "--json")
     verdict = json.loads(refused.stdout)
-    assert (refused.exit_code, verdict["passed"]) == (cli.REFUSED, False)
+    assert (refused.exit_code, verdict["passed"]) == (command.REFUSED, False)
     assert [sentence.split(":")[0] for sentence in verdict["refusals"]] == ["ndcg@10", "recall@100"]
     assert {row["passed"] for row in verdict["table"] if row["metric"] in ("ndcg@10", "recall@100")} == {False}
     shown = run("--workspace", str(workspace), "release", "promote", "worse")
-    assert shown.exit_code == cli.REFUSED
+    assert shown.exit_code == command.REFUSED
     assert all(f"- {sentence[:60]}" in shown.stdout for sentence in verdict["refusals"])
     assert re.search(r"ndcg@10 .*│ -0\.\d+ to -0\.\d+ │ worse by < 0\.01 +│ \d+ of ≥ 30 │ REFUSED", shown.stdout)
     assert "--force --because" in shown.stdout
-    failure(cli.USAGE, "--workspace", str(workspace), "release", "promote", "worse", "--force")
+    failure(command.USAGE, "--workspace", str(workspace), "release", "promote", "worse", "--force")
     assert champion(workspace) == before
 
 
@@ -237,8 +237,8 @@ def test_what_was_live_at_a_moment_is_told_with_its_data_and_reason(workspace: P
     earlier = answer(workspace, "release", "at", first["at"].replace("+00:00", ".999999+00:00"))
     assert (earlier["release"], earlier["who"], earlier["instead_of"]) == (first["to"], first["who"], None)
     assert earlier["gate"][0].startswith("ndcg@10: no champion")
-    assert "nothing was live" in failure(cli.FAILED, "--workspace", str(workspace), "release", "at", "2020-01-01")
-    assert "'noon' is no time" in failure(cli.USAGE, "--workspace", str(workspace), "release", "at", "noon")
+    assert "nothing was live" in failure(command.FAILED, "--workspace", str(workspace), "release", "at", "2020-01-01")
+    assert "'noon' is no time" in failure(command.USAGE, "--workspace", str(workspace), "release", "at", "noon")
     assert first["to"] in run("--workspace", str(workspace), "release", "at", "2999-01-01").stdout
 
 
@@ -248,17 +248,17 @@ def test_old_releases_go_and_the_champion_and_what_a_rollback_needs_stay(workspa
     answer(workspace, "release", "promote", "old", "--because", "a test")
     answer(workspace, "release", "rollback", "--because", "enough")
     answer(workspace, "release", "create", "--name", "spare")
-    assert "is live since" in failure(cli.FAILED, "--workspace", str(workspace), "release", "delete", before)
+    assert "is live since" in failure(command.FAILED, "--workspace", str(workspace), "release", "delete", before)
     assert answer(workspace, "release", "delete", "spare")["freed_bytes"] > 0
     assert not (workspace / "releases" / "spare").exists()
-    assert "'spare' (deleted" in failure(cli.FAILED, "--workspace", str(workspace), "release", "show", "spare")
+    assert "'spare' (deleted" in failure(command.FAILED, "--workspace", str(workspace), "release", "show", "spare")
     pruned = answer(workspace, "release", "prune", "--keep", "0")
     assert pruned["kept"][before] == "live"
     assert "old" in pruned["deleted"], "it was rolled back from"
     assert {path.name for path in (workspace / "releases").iterdir() if path.is_dir()} == set(pruned["kept"])
     assert set(answer(workspace, "release", "list")["releases"]) == set(pruned["kept"])
     assert answer(workspace, "recommend", "u001", "-k", "3")["release"] == before
-    assert run("--workspace", str(workspace), "release", "prune", "--keep", "-1").exit_code == cli.USAGE
+    assert run("--workspace", str(workspace), "release", "prune", "--keep", "-1").exit_code == command.USAGE
 
 
 def test_train_and_evaluate(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_train_and_evaluate(workspace: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TANDEM_RANKER__SEED", "1")
     answer(workspace, "train", "ranker")
     assert file_hash(weights) != before
-    assert "run `tandem evaluate`" in failure(cli.FAILED, "--workspace", str(workspace), "release", "create")
+    assert "run `tandem evaluate`" in failure(command.FAILED, "--workspace", str(workspace), "release", "create")
     report = answer(workspace, "evaluate")
     assert {"popularity", "item-kNN", "EASE", "towers", "towers + ranker"} <= {row["system"] for row in report["funnel"]}
     assert {row["task"] for row in report["tasks"]} == {"click", "like", "purchase"}
@@ -281,17 +281,17 @@ def test_train_and_evaluate(workspace: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_usage_is_code_2(workspace: Path) -> None:
     for arguments in (["recommend", "-k", "0"], ["train", "everything"], ["nonsense"], ["simulate", "--days", "1"], ["similar"]):
         result = run("--workspace", str(workspace), *arguments)
-        assert (result.exit_code, result.stdout) == (cli.USAGE, "")
+        assert (result.exit_code, result.stdout) == (command.USAGE, "")
         assert "Traceback" not in result.stderr
-    assert "k = 1000000000" in failure(cli.USAGE, "--workspace", str(workspace), "recommend", "u001", "-k", "1000000000")
-    assert "not an id" in failure(cli.USAGE, "--workspace", str(workspace), "recommend", "a\x00b")
+    assert "k = 1000000000" in failure(command.USAGE, "--workspace", str(workspace), "recommend", "u001", "-k", "1000000000")
+    assert "not an id" in failure(command.USAGE, "--workspace", str(workspace), "recommend", "a\x00b")
 
 
 def test_unknown_things_are_named(workspace: Path) -> None:
-    assert "'no item'" in failure(cli.FAILED, "--workspace", str(workspace), "similar", "no item")
-    assert "'no-release'" in failure(cli.FAILED, "--workspace", str(workspace), "release", "show", "no-release")
-    assert "no-file.zip" in failure(cli.FAILED, "--workspace", str(workspace), "import", "movielens", "no-file.zip")
-    assert "'ratings'" in failure(cli.USAGE, "--workspace", str(workspace), "import", "ratings", str(workspace))
+    assert "'no item'" in failure(command.FAILED, "--workspace", str(workspace), "similar", "no item")
+    assert "'no-release'" in failure(command.FAILED, "--workspace", str(workspace), "release", "show", "no-release")
+    assert "no-file.zip" in failure(command.FAILED, "--workspace", str(workspace), "import", "movielens", "no-file.zip")
+    assert "'ratings'" in failure(command.USAGE, "--workspace", str(workspace), "import", "ratings", str(workspace))
 
 
 def test_an_empty_workspace_says_what_to_do_first(tmp_path: Path) -> None:
@@ -304,12 +304,12 @@ def test_an_empty_workspace_says_what_to_do_first(tmp_path: Path) -> None:
         ["release", "create"],
         ["release", "rollback"],
     ):
-        failure(cli.FAILED, "--workspace", str(tmp_path / "new"), *arguments)
+        failure(command.FAILED, "--workspace", str(tmp_path / "new"), *arguments)
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "tandem.toml").write_text("[service]\nbudget = 5\n")
-    assert "'budget_ms'" in failure(cli.USAGE, "--workspace", str(tmp_path), "status")
+    assert "'budget_ms'" in failure(command.USAGE, "--workspace", str(tmp_path), "status")
 
 
 def test_tandem_home_names_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +322,8 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_on_request(tmp_path: Pa
         raise ZeroDivisionError("injected")
 
     monkeypatch.setattr(recipes, "status", broken)
-    assert "unexpected ZeroDivisionError: injected" in failure(cli.FAILED, "--workspace", str(tmp_path), "status")
-    monkeypatch.setenv(cli.DEBUG, "1")
+    assert "unexpected ZeroDivisionError: injected" in failure(command.FAILED, "--workspace", str(tmp_path), "status")
+    monkeypatch.setenv(command.DEBUG, "1")
     assert isinstance(run("--workspace", str(tmp_path), "status").exception, ZeroDivisionError)
 
 
@@ -343,7 +343,7 @@ def test_simulate_and_a_table_of_ones_own(tmp_path: Path) -> None:
     assert (counts["appended"], counts["rejected"]) == (2, 1)
     assert answer(workspace, "import", "table", str(csv))["appended"] == 0
     csv.write_text("who,when,many\nu,2026-01-01T00:00:00Z,1\n")
-    assert "'what'" in failure(cli.USAGE, "--workspace", str(workspace), "import", "table", str(csv))
+    assert "'what'" in failure(command.USAGE, "--workspace", str(workspace), "import", "table", str(csv))
 
 
 MAPPING = """\
@@ -378,8 +378,8 @@ def test_the_demo_goes_on_after_a_crash_is_not_done_twice_and_spares_other_data(
     monkeypatch.setitem(demo.SIZES, "small", (150, 200, 20))
     with monkeypatch.context() as crashing:
         crashing.setattr(recipes, "evaluate", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
-        assert "power cut" in failure(cli.FAILED, "--workspace", str(workspace), "demo")
-    assert "no release is live" in failure(cli.FAILED, "--workspace", str(workspace), "recommend", "u001")
+        assert "power cut" in failure(command.FAILED, "--workspace", str(workspace), "demo")
+    assert "no release is live" in failure(command.FAILED, "--workspace", str(workspace), "recommend", "u001")
     towers = (workspace / "models" / "retrieval" / "retriever.json").stat().st_mtime_ns
 
     shown = run("--workspace", str(workspace), "demo")
@@ -394,14 +394,14 @@ def test_the_demo_goes_on_after_a_crash_is_not_done_twice_and_spares_other_data(
     assert again["champion"] == first
     assert [(len(each["history"]), len(each["slate"])) for each in again["people"]] == [(8, 8)] * 3
     assert not any(set(each["history"]) & set(each["slate"]) for each in again["people"])
-    assert "another folder" in failure(cli.USAGE, "--workspace", str(workspace), "demo", "--size", "medium")
+    assert "another folder" in failure(command.USAGE, "--workspace", str(workspace), "demo", "--size", "medium")
 
 
 def test_the_demo_spares_data_that_are_not_its_own(tmp_path: Path) -> None:
     answer(tmp_path, "simulate", "--users", "5", "--items", "9", "--days", "3")
     before = (tmp_path / "data" / "events.parquet").read_bytes()
-    assert "not the demo's" in failure(cli.USAGE, "--workspace", str(tmp_path), "demo")
-    assert "both its kind and its files" in failure(cli.USAGE, "--workspace", str(tmp_path), "demo", "--kind", "movielens")
+    assert "not the demo's" in failure(command.USAGE, "--workspace", str(tmp_path), "demo")
+    assert "both its kind and its files" in failure(command.USAGE, "--workspace", str(tmp_path), "demo", "--kind", "movielens")
     assert (tmp_path / "data" / "events.parquet").read_bytes() == before
 
 
