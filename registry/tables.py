@@ -103,7 +103,7 @@ class ChampionRow(Base):
 class ExperimentRow(Base):
     """An experiment that is open, or was. Its name salts who is in which arm, so it is never used twice."""
 
-    __tablename__ = "experiments"
+    __tablename__ = "rollout_experiments"
     number: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
     kind: Mapped[str] = mapped_column(String(16))
@@ -116,7 +116,7 @@ class ExperimentChangeRow(Base):
 
     __tablename__ = "experiment_changes"
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    experiment: Mapped[int] = mapped_column(ForeignKey("experiments.number"), index=True)
+    experiment: Mapped[int] = mapped_column(ForeignKey("rollout_experiments.number"), index=True)
     kind: Mapped[str] = mapped_column(String(16))
     percent: Mapped[float]
     outcome: Mapped[str | None] = mapped_column(String(16))
@@ -131,7 +131,7 @@ class RolloutRow(Base):
     __tablename__ = "rollout"
     __table_args__ = (CheckConstraint("id = 1", name="rollout_is_one_row"),)
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    experiment: Mapped[int | None] = mapped_column(ForeignKey("experiments.number"))
+    experiment: Mapped[int | None] = mapped_column(ForeignKey("rollout_experiments.number"))
     percent: Mapped[float]
     version: Mapped[int]
 

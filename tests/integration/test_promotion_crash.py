@@ -260,7 +260,7 @@ def first_layout(url: str) -> None:
     """Turn the tables back into what Tandem made before there were migrations: the store was opened without a releases folder."""
     engine = create_engine(url)
     with engine.begin() as connection:
-        for name in ("traffic", "rollout", "experiment_changes", "experiments"):
+        for name in ("traffic", "rollout", "experiment_changes", "rollout_experiments"):
             connection.execute(text(f"DROP TABLE {name}"))
         connection.execute(text(f"DROP TABLE {BOOKS}"))
         connection.execute(text("UPDATE tandem_tables SET version = 1"))

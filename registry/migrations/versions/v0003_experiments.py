@@ -14,7 +14,7 @@ down_revision = "0002"
 def upgrade(**_: Any) -> None:
     name = sa.String(64)
     op.create_table(
-        "experiments",
+        "rollout_experiments",  # MLflow has `experiments`, and may share the database
         sa.Column("number", sa.Integer, primary_key=True),
         sa.Column("name", name, nullable=False, unique=True),
         sa.Column("kind", sa.String(16), nullable=False),
@@ -24,7 +24,7 @@ def upgrade(**_: Any) -> None:
     op.create_table(
         "experiment_changes",
         sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("experiment", sa.Integer, sa.ForeignKey("experiments.number"), nullable=False, index=True),
+        sa.Column("experiment", sa.Integer, sa.ForeignKey("rollout_experiments.number"), nullable=False, index=True),
         sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("percent", sa.Double, nullable=False),
         sa.Column("outcome", sa.String(16)),
@@ -35,7 +35,7 @@ def upgrade(**_: Any) -> None:
     op.create_table(
         "rollout",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("experiment", sa.Integer, sa.ForeignKey("experiments.number")),
+        sa.Column("experiment", sa.Integer, sa.ForeignKey("rollout_experiments.number")),
         sa.Column("percent", sa.Double, nullable=False),
         sa.Column("version", sa.Integer, nullable=False),
         sa.CheckConstraint("id = 1", name="rollout_is_one_row"),

@@ -134,7 +134,7 @@ def test_tables_from_before_experiments_get_them_and_keep_their_history(database
     store.promote("a", expected=None, who="ada", why="first")
     store.close()
     with engine.begin() as connection:
-        for name in ("traffic", "rollout", "experiment_changes", "experiments"):
+        for name in ("traffic", "rollout", "experiment_changes", "rollout_experiments"):
             connection.execute(text(f"DROP TABLE {name}"))
         connection.execute(text("UPDATE tandem_tables SET version = 2"))
         connection.execute(text(f"UPDATE {migrations.BOOKS} SET version_num = '0002'"))
