@@ -1,5 +1,6 @@
 """`make accept-registry`: releases of RankLens made, judged, promoted, rolled back, compared and scored with, as people do it.
 
+In the middle a running service follows: a canary for half of the users, the promotion, no failed request.
 Once with everything embedded (SQLite, MLflow in a file), once as a team has it (PostgreSQL, a running `mlflow server`),
 which is then stopped: promotions must go on without it. One release is worse on purpose; the gate must refuse it, with intervals.
 
@@ -20,7 +21,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ WORSE = {"TANDEM_RANKER__UTILITY": "{ click = -1.0 }"}
 
 Tandem = Callable[..., tuple[int, dict[str, Any]]]
 """Runs a command, given its words and `extra` environment; answers with the exit code and the JSON."""
+
+Ask = Callable[[str], dict[str, Any]]
+"""A slate over HTTP for a user id; a request that fails is an error."""
+
+PEOPLE = [f"visitor-{number}" for number in range(40)]
 
 SCORE = """\
 import json, sys, mlflow, pandas as pd
@@ -100,7 +106,7 @@ def accept(base: Path, workspace: Path, environment: Mapping[str, str], stop: Ca
         assert done.returncode == 0, done.stderr[-3000:]
         return dict(json.loads(done.stdout))
 
-    for line in loop(workspace, commands(workspace, environment), score, users, stop):
+    for line in loop(workspace, commands(workspace, environment), score, users, stop, lambda: service(workspace, environment)):
         print(line, flush=True)
 
 
@@ -112,7 +118,12 @@ print(json.dumps(pl.read_parquet(f"{sys.argv[1]}/models/evaluation/users.parquet
 
 
 def loop(
-    workspace: Path, tandem: Tandem, score: Callable[[], dict[str, Any]], users: list[str], stop: Callable[[], None]
+    workspace: Path,
+    tandem: Tandem,
+    score: Callable[[], dict[str, Any]],
+    users: list[str],
+    stop: Callable[[], None],
+    serve: Callable[[], AbstractContextManager[Ask]],
 ) -> Iterator[str]:
     """Issue to answer, step by step; every claim is an assert. Yields what a person would want to read."""
     use(workspace, "good")
@@ -124,9 +135,14 @@ def loop(
     verdict = told(tandem, "release", "gate", "second")
     assert verdict["passed"] is True, verdict["refusals"]
     assert verdict == told(tandem, "release", "gate", "second") | {"took_s": verdict["took_s"]}, "the same verdict twice"
-    promoted = told(tandem, "release", "promote", "second", "--because", "more diverse slates")
+    with serve() as ask:
+        yield canary(tandem, ask)
+        promoted = told(tandem, "release", "promote", "second", "--because", "more diverse slates")
+        until(ask, {"second"})
     assert (promoted["champion"], promoted["before"]) == ("second", "first")
-    yield f"second passed {len(verdict['sentences'])} demands and is live"
+    (experiment,) = told(tandem, "experiment", "list")["experiments"]
+    assert experiment["changes"][-1]["outcome"] == "won"
+    yield f"second passed {len(verdict['sentences'])} demands and is live; the service followed"
 
     use(workspace, "worse")
     told(tandem, "release", "create", "--name", "worse")
@@ -163,6 +179,27 @@ def loop(
     yield f"rolled back in {took:.1f} s; {len(changes)} differences between the two; history has {len(history)} lines"
 
 
+def canary(tandem: Tandem, ask: Ask) -> str:
+    """The challenger for half of the people, each of whom stays where they are."""
+    told(tandem, "experiment", "start", "second", "--kind", "canary", "--percent", "50", "--because", "a look")
+    until(ask, {"first", "second"})
+    arms = [{user: ask(user)["arm"] for user in PEOPLE} for _ in range(2)]
+    assert arms[0] == arms[1], "nobody changes sides"
+    share = sum(arm == "challenger" for arm in arms[0].values()) / len(PEOPLE)
+    assert 0.2 < share < 0.8
+    report = told(tandem, "experiment", "report")
+    assert report["split"]["broken"] is False, report["split"]
+    return f"a canary answered {share:.0%} of the people"
+
+
+def until(ask: Ask, wanted: set[str], seconds: float = 120.0) -> None:
+    """Wait until exactly these releases answer."""
+    deadline = time.monotonic() + seconds
+    while (seen := {ask(user)["release"] for user in PEOPLE}) != wanted:
+        assert time.monotonic() < deadline, (seen, wanted)
+        time.sleep(0.2)
+
+
 def use(workspace: Path, which: str) -> None:
     """Let `models/` be the parts called `which`."""
     shutil.rmtree(workspace / "models")
@@ -188,6 +225,29 @@ def commands(workspace: Path, environment: Mapping[str, str]) -> Tandem:
         return done.returncode, json.loads(done.stdout)
 
     return tandem
+
+
+@contextmanager
+def service(workspace: Path, environment: Mapping[str, str]) -> Iterator[Ask]:
+    """`tandem serve` in a process of its own."""
+    command = [sys.executable, "-m", "tandem.service.cli", "--workspace", str(workspace), "serve", "--port", "0", "--json"]
+    with (workspace / "serve.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=log)
+    assert process.stdout is not None
+    url = json.loads(process.stdout.readline())["url"]
+
+    def ask(user: str) -> dict[str, Any]:
+        body = json.dumps({"user_id": user, "k": 3}).encode()
+        request = urllib.request.Request(f"{url}/v1/recommend", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return dict(json.load(answer))
+
+    try:
+        _wait_for(f"{url}/readyz", process)
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 @contextmanager
@@ -236,13 +296,13 @@ def mlflow_server(backend: str, folder: Path) -> Iterator[tuple[str, Callable[[]
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        assert process.poll() is None, "the mlflow server ended"
+        assert process.poll() is None, f"what should answer at {url} ended"
         try:
             urllib.request.urlopen(url, timeout=2).close()
             return
         except OSError:
             time.sleep(0.3)
-    raise AssertionError("the mlflow server does not answer")
+    raise AssertionError(f"nothing answers at {url}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import pandas as pd
 import polars as pl
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
@@ -31,6 +33,8 @@ from registry.store import ReleaseStore
 from registry.tracking import Tracker
 from tandem.core.errors import UnavailableError
 from tandem.service import cli
+from tandem.service.app import create_app
+from tandem.service.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 POSTGRES = os.environ.get("TANDEM_TEST_POSTGRES", "postgresql+psycopg://root@127.0.0.1:5432/test")
@@ -190,6 +194,12 @@ def test_the_acceptance_of_the_registry_on_a_small_world(
         model = mlflow.pyfunc.load_model("models:/acceptance@champion")
         return dict(model.predict(pd.DataFrame({"user_id": users}), params={"k": 5}).to_dict("list"))
 
+    @contextmanager
+    def serve() -> Iterator[Callable[[str], dict[str, Any]]]:
+        app = create_app(load_settings(workspace), follow=True)
+        with TestClient(app, "http://127.0.0.1") as client:
+            yield lambda user: dict(client.post("/v1/recommend", json={"user_id": user, "k": 3}).raise_for_status().json())
+
     users = pl.read_parquet(workspace / "models" / "evaluation" / "users.parquet")["user_id"].unique().sort().head(3).to_list()
     acceptance.spoil(workspace, tandem)
     server.start()  # the test before may have left it stopped
@@ -199,6 +209,6 @@ def test_the_acceptance_of_the_registry_on_a_small_world(
     with engine.begin() as connection:
         connection.execute(text("CREATE SCHEMA acceptance"))
     engine.dispose()
-    said = list(acceptance.loop(workspace, tandem, score, users, server.stop))
-    assert len(said) == 4
-    assert "not shown to be worse by less than" in said[1]
+    said = list(acceptance.loop(workspace, tandem, score, users, server.stop, serve))
+    assert len(said) == 5
+    assert "not shown to be worse by less than" in said[2]
