@@ -40,6 +40,7 @@ from tandem.service.texts import item_texts, open_encoder, tuned_adapter
 
 Log = Callable[[dict[str, float]], None]
 Progress = Callable[[str, int, int], None]
+_HIDDEN: Final = 4
 _NEIGHBOURS: Final = 200
 _VALIDATION: Final = 0.2
 _REQUESTS_AT_ONCE: Final = 2000
@@ -213,7 +214,8 @@ class Offline:
         times = requests["timestamp"].dt.epoch("us").to_numpy()
         asked = requests.select("user_id", event_timestamp="timestamp")
         rows = historical(self._store, asked, [view.name for view in self.pins.of_entity("user")]).to_dicts()
-        users = self.assembler.users(rows, times, self.data.contexts_of(requests, tuple(self.pins.context)))
+        contexts = self.data.contexts_of(requests, tuple(self.pins.context))
+        users = self.assembler.users(rows, times, contexts if extra is None else some_hidden(contexts))
         queries = Queries(users.histories, self.barred(seen, times), int(times.max()))
         found, tower = self.retriever.candidates(queries, replace(self.settings.candidates, k=self.settings.ranker.candidates))
         if extra is not None:
@@ -264,6 +266,11 @@ class Offline:
         positives = self.data.truth_of(requests, self.data.source.positive)
         answered = self.answer(requests, positives if learn else None)
         return label(answered, self.data), requests
+
+
+def some_hidden(contexts: Sequence[dict[str, str | None]]) -> list[dict[str, str | None]]:
+    """Contexts to learn from: every fourth is left out, since many a request that is served says nothing about itself."""
+    return [{} if place % _HIDDEN == 0 else known for place, known in enumerate(contexts)]
 
 
 def label(answered: Answered, data: Dataset) -> Examples:
