@@ -10,7 +10,8 @@ slate = recommender.recommend(Ask(session=("318", "296"), query="space opera", k
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tandem.service.recommend import Ask, Recommender, Slate
+    from tandem.service.recommend import Recommender
+    from tandem.service.slate import Ask, Slate
     from tandem.service.wiring import load_folder as open_release
 
 __all__ = ["Ask", "Recommender", "Slate", "open_release"]
@@ -23,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return load_folder
     if name in __all__:
-        from tandem.service import recommend
+        from tandem.service import recommend, slate
 
-        return getattr(recommend, name)
+        return getattr(recommend if name == "Recommender" else slate, name)
     raise AttributeError(f"module 'tandem' has no attribute {name!r}")

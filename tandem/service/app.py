@@ -61,7 +61,7 @@ from tandem.service.problems import (
     log_line,
     request_id_of,
 )
-from tandem.service.recommend import Recommender, Slate
+from tandem.service.recommend import Recommender
 from tandem.service.retrieve import Retrieved
 from tandem.service.rollout import Rollout
 from tandem.service.schemas import (
@@ -80,6 +80,7 @@ from tandem.service.schemas import (
     WhyAnswer,
 )
 from tandem.service.settings import Settings
+from tandem.service.slate import Slate
 from tandem.service.watcher import Watcher
 
 DRAIN_SECONDS: Final = 1.0

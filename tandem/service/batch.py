@@ -16,8 +16,9 @@ from registry.artifacts import Artifacts
 from registry.release import verify_release
 from tandem.core.errors import InputError
 from tandem.core.folders import MANIFEST, read_json
-from tandem.service.recommend import Ask, Recommender
+from tandem.service.recommend import Recommender
 from tandem.service.settings import load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import load_folder, open_recommender
 
 POINTER = "release.json"

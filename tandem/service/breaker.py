@@ -9,7 +9,7 @@ from typing import Final
 
 from feature_repo.online import UserRow
 from tandem.core.errors import UnavailableError
-from tandem.service.recommend import UserRows
+from tandem.service.parts import UserRows
 
 PAUSE_S: Final = 2.0
 

@@ -22,8 +22,9 @@ from tandem.core.errors import InputError
 from tandem.core.folders import read_json, write_json
 from tandem.service import recipes
 from tandem.service.outcome import Cell, Outcome, Table
-from tandem.service.recommend import Ask, Recommender
+from tandem.service.recommend import Recommender
 from tandem.service.settings import Settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender, users_with_history
 
 WORLD: Final = "world"

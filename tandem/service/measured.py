@@ -15,8 +15,9 @@ from ranking.ranker import Ranker
 from retrieval.retriever import Retriever
 from tandem.core.errors import TandemError
 from tandem.service.health import release_checks, wrong_values
-from tandem.service.recommend import Ask, Recommender
+from tandem.service.recommend import Recommender
 from tandem.service.settings import Settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import trained_recommender
 
 MEASURED: Final = "measured.json"

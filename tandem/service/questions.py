@@ -10,8 +10,9 @@ from dataclasses import asdict
 from tandem.core.errors import InputError
 from tandem.core.schema import check_id
 from tandem.service.outcome import Cell, Outcome, Table
-from tandem.service.recommend import Ask, Recommender, Slate
+from tandem.service.recommend import Recommender
 from tandem.service.settings import Settings
+from tandem.service.slate import Ask, Slate
 from tandem.service.wiring import open_recommender
 
 

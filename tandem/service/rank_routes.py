@@ -14,7 +14,7 @@ from tandem.service.problems import deadline, request_id_of
 from tandem.service.schemas import SlateAnswer
 
 if TYPE_CHECKING:
-    from tandem.service.recommend import Ask
+    from tandem.service.slate import Ask
 
 routes = APIRouter(prefix="/v1", dependencies=[Depends(within_rate)], responses=PROBLEMS)
 
@@ -31,7 +31,7 @@ class RankBody(Body):
 
     def ask(self, request_id: str) -> Ask:
         """The question as the recommender takes it; `request_id` is used where the caller gave none."""
-        from tandem.service.recommend import Ask
+        from tandem.service.slate import Ask
 
         return Ask(
             user_id=self.user_id,

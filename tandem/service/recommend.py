@@ -6,197 +6,36 @@ In: an `Ask`. Out: a `Slate`. Each stage is timed under its own name and has a n
 from __future__ import annotations
 
 import math
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from feature_repo.online import UserRow
 from feature_repo.replay import features_read
-from feature_repo.served import ServedLog
-from ranking.explain import Evidence, reason
-from ranking.ranker import Ranker, probabilities
+from ranking.ranker import probabilities
 from ranking.rerank import by_score, explore, mmr
 from retrieval.candidates import Candidates
 from retrieval.filters import CATEGORY, Filters
 from retrieval.listing import Listing
-from retrieval.retriever import Queries, Retriever
+from retrieval.retriever import Queries
 from tandem.core.errors import InputError, NotFoundError, UnavailableError
-from tandem.core.schema import MICROSECONDS_PER_DAY, check_id
-from tandem.service.assemble import Assembler, Users, pairs
+from tandem.core.schema import check_id
+from tandem.service.assemble import Users, pairs
 from tandem.service.live_items import LiveItems
+from tandem.service.parts import Parts
+from tandem.service.reasons import Reasons, us
 from tandem.service.retrieve import Retrieved, retrieved_items
-from tandem.service.settings import RerankSettings
+from tandem.service.slate import Ask, Slate, SlateItem, Why
+from tandem.service.stage_clock import StageClock
 
-_SPENT: Final = "budget_spent"
 STALE: Final = "stale_features"
 WORDS_WEIGHT: Final = 1.5
 """What closeness to a sentence weighs against the ranker's order, both standardised."""
-
-
-class UserRows(Protocol):
-    """Reads users' features; every value None for an unknown user."""
-
-    def read(self, user_ids: Sequence[str]) -> list[UserRow]: ...
-
-
-class ItemFeatures(Protocol):
-    """Numeric features of the release's items, by row of the release; columns in the order of `names`."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def as_of(self) -> datetime: ...
-
-    def gather(self, items: NDArray[np.int64]) -> NDArray[np.float64]: ...
-
-
-class Encode(Protocol):
-    """The release's text encoder."""
-
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
-
-    def truncates(self, text: str) -> bool: ...
-
-
-class SeenItems(Protocol):
-    """Everything that a user has already had, as item ids; the history that features carry is only its end."""
-
-    def of(self, user_id: str) -> Sequence[str]: ...
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What is wanted: any mix of a person, a session (item ids, oldest first) and a sentence, with filters.
-
-    `categories` (any of them) and `exclude` hold beside what `filters` say.
-    `deadline`, on `time.perf_counter`, is when stages that have a fallback are no longer begun.
-    `noted` are further columns that the served-log keeps with the slate.
-    `context` is what is known of where the request comes from, such as {"device": "phone"}; what no training event had counts as
-    missing.
-    """
-
-    user_id: str | None = None
-    session: tuple[str, ...] = ()
-    query: str | None = None
-    k: int = 10
-    categories: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    filters: Filters = field(default_factory=Filters)
-    context: Mapping[str, str] = field(default_factory=dict)
-    request_id: str | None = None
-    deadline: float = math.inf
-    noted: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SlateItem:
-    """One answer: predictions are calibrated probabilities by task, `score` is what it was ranked by (higher is better)."""
-
-    item_id: str
-    title: str
-    categories: tuple[str, ...]
-    score: float
-    predictions: dict[str, float]
-    reason: str
-    reason_code: str
-    source: str
-    position: int
-    propensity: float
-
-
-@dataclass(frozen=True)
-class Slate:
-    """The ordered answer. `degraded` names every fallback that was taken; `took_ms` has one entry per stage and `total`."""
-
-    items: tuple[SlateItem, ...]
-    release: str
-    request_id: str
-    degraded: tuple[str, ...]
-    took_ms: dict[str, float]
-    cold_start: bool = False
-    truncated: bool = False
-
-
-@dataclass(frozen=True)
-class Why:
-    """What became of one item for one user: `stages` are (stage, what happened, rank from 1, score).
-
-    `features` are what the ranker knew of the two, by name, None where missing; empty for an item that did not come so far.
-    """
-
-    user_id: str
-    item_id: str
-    title: str
-    verdict: str
-    stages: tuple[tuple[str, str, int | None, float | None], ...]
-    features: Mapping[str, float | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a recommender is built from; `wiring.py` opens them."""
-
-    release: str
-    retriever: Retriever
-    ranker: Ranker
-    assembler: Assembler
-    items: ItemFeatures | None
-    users: UserRows | None
-    seen: SeenItems | None
-    encode: Encode | None
-    log: ServedLog | None
-    config: Any
-    rerank: RerankSettings
-    views: str
-    clock: Callable[[], datetime]
-    stale_after: timedelta | None = None
-    """Item features older than this count as missing."""
-    live: LiveItems | None = None
-
-
-class _Clock:
-    """Times stages by name, and collects what degraded."""
-
-    def __init__(self, deadline: float = math.inf) -> None:
-        self.took: dict[str, float] = {}
-        self.degraded: list[str] = []
-        self._start = time.perf_counter()
-        self._deadline = deadline
-
-    def in_time(self) -> None:
-        """Raise TimeoutError, inside a stage with a fallback, when the budget is spent: computing cannot be cancelled later."""
-        if time.perf_counter() < self._deadline:
-            return
-        if _SPENT not in self.degraded:
-            self.degraded.append(_SPENT)
-        raise TimeoutError(_SPENT)
-
-    @contextmanager
-    def stage(self, name: str, fallback: str | None = None) -> Iterator[None]:
-        """Time a block. With a `fallback`, a failure is recorded under that name and the block's default result stands."""
-        start = time.perf_counter()
-        try:
-            yield
-        except (InputError, NotFoundError):
-            raise
-        except Exception:
-            if fallback is None:
-                raise
-            self.degraded.append(fallback)
-        finally:
-            self.took[name] = round((time.perf_counter() - start) * 1000, 3)
-
-    def total(self) -> dict[str, float]:
-        return self.took | {"total": round((time.perf_counter() - self._start) * 1000, 3)}
 
 
 class Recommender:
@@ -205,7 +44,7 @@ class Recommender:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.release = parts.release
-        self._popularity = _percentiles(parts.retriever.counts)
+        self._reasons = Reasons(parts)
         self._rng = np.random.default_rng()
 
     def recommend(self, ask: Ask, now: datetime | None = None) -> Slate:
@@ -221,7 +60,8 @@ class Recommender:
         scores, predictions = self._predict(found, tower, features, names, clock)
         scores = self._with_words(scores, found, queries)
         order, propensity = self._rerank(found, scores, ask.k, clock)
-        items = self._explained(ask, users, found, order, propensity, scores, predictions, queries, now, clock)
+        with clock.stage("explain"):
+            items = self._reasons.items(users, found, order, propensity, scores, predictions, queries, now)
         slate = self._slate(ask, items, cold, truncated, clock)
         self._log(ask, slate, read, as_of, self._first_item(known, order) if as_of else None)
         return slate
@@ -259,9 +99,9 @@ class Recommender:
         features, names, _ = self._features(users, found, tower, self._usable_as_of(now, clock), clock)
         scores, predictions = self._predict(found, tower, features, names, clock)
         scores = self._with_words(scores, found, queries)
-        items = self._explained(
-            ask, users, found, by_score(scores), np.ones(len(scores)), scores, predictions, queries, now, clock
-        )
+        with clock.stage("explain"):
+            order, sure = by_score(scores), np.ones(len(scores))
+            items = self._reasons.items(users, found, order, sure, scores, predictions, queries, now)
         return self._slate(ask, items, cold, truncated, clock)
 
     def similar(self, item_id: str, k: int = 10, filters: Filters | None = None, now: datetime | None = None) -> Slate:
@@ -269,7 +109,7 @@ class Recommender:
         retriever, clock, filters = self._parts.retriever, self._started(), filters or Filters()
         item = self._row(item_id)
         with clock.stage("similar"):
-            masks = retriever.masks(filters, _us(now or self._parts.clock()))
+            masks = retriever.masks(filters, us(now or self._parts.clock()))
             rows, scores = retriever.similar(item, k, masks, retriever.rows(filters.exclude))
         title = self._now.title(item)
         items = tuple(
@@ -324,9 +164,9 @@ class Recommender:
             raise UnavailableError(f"{self.release} answers without a workspace; open it in one to change items")
         return self._parts.live
 
-    def _started(self, deadline: float = math.inf) -> _Clock:
+    def _started(self, deadline: float = math.inf) -> StageClock:
         """A request's clock, after a look at what was put and deleted since the last one."""
-        clock = _Clock(deadline)
+        clock = StageClock(deadline)
         if self._parts.live is not None and not self._parts.live.look():
             clock.degraded.append("item_changes_unavailable")
         return clock
@@ -363,7 +203,7 @@ class Recommender:
 
     def warm(self) -> None:
         """Load now what is otherwise loaded at the first sentence. What fails here degrades an answer later, which says so."""
-        self._sentence(Ask(query="warm up"), _Clock())
+        self._sentence(Ask(query="warm up"), StageClock())
 
     def close(self) -> None:
         """Write what the served-log still holds."""
@@ -372,7 +212,7 @@ class Recommender:
 
     # ------------------------------------------------------------------------------------------------------------- stages
 
-    def _user(self, ask: Ask, now: datetime, clock: _Clock) -> tuple[Users, bool, UserRow | None]:
+    def _user(self, ask: Ask, now: datetime, clock: StageClock) -> tuple[Users, bool, UserRow | None]:
         """The user's features with the session's items behind their history, and the row that they came from, if one was read.
 
         An unknown user has only the session.
@@ -387,10 +227,10 @@ class Recommender:
         cold = not row.get("history_items")
         if ask.session:
             row["history_items"] = [*(row.get("history_items") or ()), *ask.session]
-            row["history_times"] = [*(row.get("history_times") or ()), *[_us(now)] * len(ask.session)]
-        return self._parts.assembler.users([row], np.array([_us(now)], np.int64), [ask.context]), cold, read
+            row["history_times"] = [*(row.get("history_times") or ()), *[us(now)] * len(ask.session)]
+        return self._parts.assembler.users([row], np.array([us(now)], np.int64), [ask.context]), cold, read
 
-    def _sentence(self, ask: Ask, clock: _Clock) -> tuple[NDArray[np.float32] | None, bool]:
+    def _sentence(self, ask: Ask, clock: StageClock) -> tuple[NDArray[np.float32] | None, bool]:
         """The sentence's vector (1, T), and whether the model could not read all of it."""
         vector: NDArray[np.float32] | None = None
         truncated = False
@@ -409,13 +249,13 @@ class Recommender:
             seen = self._parts.seen.of(ask.user_id) if ask.user_id is not None and self._parts.seen is not None else ()
             history = users.histories[0]
             out = np.unique(np.concatenate([out, history[history >= 0], retriever.rows(seen)]))
-        masks = retriever.masks(ask.filters, _us(now))
+        masks = retriever.masks(ask.filters, us(now))
         if ask.categories:
             mask = retriever.masks(Filters(categories_any=ask.categories, available=False), 0)[CATEGORY]
             masks[CATEGORY] = masks[CATEGORY] & mask if CATEGORY in masks else mask
-        return Queries(users.histories, [out], _us(now), sentence, masks)
+        return Queries(users.histories, [out], us(now), sentence, masks)
 
-    def _candidates(self, queries: Queries, k: int, clock: _Clock) -> tuple[Candidates, NDArray[np.float32]]:
+    def _candidates(self, queries: Queries, k: int, clock: StageClock) -> tuple[Candidates, NDArray[np.float32]]:
         config = replace(self._parts.config, k=k)
         with clock.stage("candidates"):
             found, tower = self._parts.retriever.candidates(queries, config)
@@ -434,7 +274,7 @@ class Recommender:
             tower = np.nan_to_num(tower, nan=0.0, posinf=0.0, neginf=0.0)
         return found, tower[:, real]
 
-    def _usable_as_of(self, now: datetime, clock: _Clock) -> datetime | None:
+    def _usable_as_of(self, now: datetime, clock: StageClock) -> datetime | None:
         """The moment that the item features in use were written for; None where there are none, or none young enough."""
         as_of, limit = self.features_as_of, self._parts.stale_after
         if as_of is None or limit is None or now - as_of <= limit:
@@ -444,7 +284,7 @@ class Recommender:
         return None
 
     def _features(
-        self, users: Users, found: Candidates, tower: NDArray[np.float32], as_of: datetime | None, clock: _Clock
+        self, users: Users, found: Candidates, tower: NDArray[np.float32], as_of: datetime | None, clock: StageClock
     ) -> tuple[NDArray[np.float32], tuple[str, ...], dict[str, NDArray[Any]]]:
         """The ranker's matrix, its names, and the item features as they are stored; all empty where they could not be read."""
         features: NDArray[np.float32] = np.empty((0, 0), np.float32)
@@ -470,7 +310,12 @@ class Recommender:
         return columns
 
     def _predict(
-        self, found: Candidates, tower: NDArray[np.float32], features: NDArray[np.float32], names: tuple[str, ...], clock: _Clock
+        self,
+        found: Candidates,
+        tower: NDArray[np.float32],
+        features: NDArray[np.float32],
+        names: tuple[str, ...],
+        clock: StageClock,
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         scores, predictions = tower[0], dict[str, NDArray[np.float32]]()
         with clock.stage("predict", "ranker_unavailable"):
@@ -485,14 +330,14 @@ class Recommender:
 
         The ranker has never seen a sentence, so the words weigh more; without a history it has only popularity to say.
         """
-        close = self._close_to_words(queries, found.ids[0])
+        close = self._reasons.close_to_words(queries, found.ids[0])
         if close is None or len(scores) < 2:
             return scores
         personal = 1.0 if (queries.histories >= 0).any() else 0.25
         return personal * _standardised(scores) + WORDS_WEIGHT * _standardised(close)
 
     def _rerank(
-        self, found: Candidates, scores: NDArray[np.float32], k: int, clock: _Clock
+        self, found: Candidates, scores: NDArray[np.float32], k: int, clock: StageClock
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         own = self._parts.rerank
         order, propensity = by_score(scores)[:k], np.ones(min(k, len(scores)))
@@ -506,71 +351,7 @@ class Recommender:
                 order = mmr(scores, categories, own.diversity, k)
         return order, propensity
 
-    def _explained(
-        self,
-        ask: Ask,
-        users: Users,
-        found: Candidates,
-        order: NDArray[np.int64],
-        propensity: NDArray[np.float64],
-        scores: NDArray[np.float32],
-        predictions: Mapping[str, NDArray[np.float32]],
-        queries: Queries,
-        now: datetime,
-        clock: _Clock,
-    ) -> tuple[SlateItem, ...]:
-        items = []
-        with clock.stage("explain"):
-            nearest = self._nearest_history(users, found.ids[0, order])
-            close = self._close_to_words(queries, found.ids[0, order])
-            for place, at in enumerate(order.tolist()):
-                row = int(found.ids[0, at])
-                why = reason(self._evidence(row, nearest[place], None if close is None else float(close[place]), users, now))
-                items.append(
-                    SlateItem(
-                        self._now.item_id(row), self._now.title(row), self._now.categories(row), float(scores[at]),
-                        {name: float(values[at]) for name, values in predictions.items()}, why.sentence, why.code,
-                        found.names[int(found.source[0, at])], place + 1, float(propensity[place]),
-                    )
-                )  # fmt: skip
-        return tuple(items)
-
-    def _nearest_history(self, users: Users, items: NDArray[np.int64]) -> list[tuple[str, float] | None]:
-        """Per item the most similar of the last 20 history items, by text: its title and their cosine."""
-        history = users.histories[0]
-        history = history[history >= 0]
-        history = history[self._now.listed[history]][-20:]  # a deleted item is not spoken of
-        if not len(history):
-            return [None] * len(items)
-        cosine = self._now.text_vectors(items) @ self._now.text_vectors(history).T
-        cosine[items[:, None] == history[None, :]] = -1.0
-        best = cosine.argmax(1)
-        return [(self._now.title(history[at]), float(cosine[place, at])) for place, at in enumerate(best)]
-
-    def _close_to_words(self, queries: Queries, items: NDArray[np.int64]) -> NDArray[np.float32] | None:
-        if queries.sentences is None:
-            return None
-        towers = self._parts.retriever.towers
-        words = self._parts.retriever.vectors(queries)[0, towers.shape.dimension + 1 :]
-        return np.asarray(self._now.text_vectors(items) @ (words / (np.linalg.norm(words) + 1e-9)), np.float32)
-
-    def _evidence(self, row: int, near: tuple[str, float] | None, close: float | None, users: Users, now: datetime) -> Evidence:
-        since = self._now.available_us(row)
-        codes, shares = users.context.top_categories[0], users.context.category_shares[0]
-        names = self._parts.assembler.catalogue.category_code
-        share = {name: float(shares[codes == names[name]].sum()) for name in self._now.categories(row)}
-        favourite = max(share, key=share.__getitem__, default=None)
-        return Evidence(
-            similar_title=near[0] if near else None,
-            similarity=near[1] if near else None,
-            query_similarity=close,
-            popularity=float(self._popularity[row]) if row < len(self._popularity) else 0.0,
-            age_days=None if since is None else (_us(now) - since) / MICROSECONDS_PER_DAY,
-            category=favourite,
-            category_share=share[favourite] if favourite else None,
-        )
-
-    def _slate(self, ask: Ask, items: tuple[SlateItem, ...], cold: bool, truncated: bool, clock: _Clock) -> Slate:
+    def _slate(self, ask: Ask, items: tuple[SlateItem, ...], cold: bool, truncated: bool, clock: StageClock) -> Slate:
         return Slate(
             items, self.release, ask.request_id or uuid.uuid4().hex, tuple(clock.degraded), clock.total(), cold, truncated
         )
@@ -631,15 +412,6 @@ def _spoken(predictions: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in predictions.items())
 
 
-def _percentiles(counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Share of the catalogue that is less popular than each item, 0..1."""
-    return (np.searchsorted(np.sort(counts), counts, side="left") / max(len(counts), 1)).astype(np.float32)
-
-
 def _standardised(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean 0 and standard deviation 1 over the candidates."""
     return np.asarray((values - values.mean()) / (values.std() + 1e-9), np.float32)
-
-
-def _us(moment: datetime) -> int:
-    return int(pl.Series([moment]).dt.epoch("us")[0])

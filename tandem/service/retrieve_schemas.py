@@ -11,8 +11,8 @@ from tandem.service.body import MAX_LIST, Body, Count, Id, Text
 from tandem.service.filter_schemas import FiltersBody
 
 if TYPE_CHECKING:
-    from tandem.service.recommend import Ask
     from tandem.service.retrieve import Retrieved
+    from tandem.service.slate import Ask
 
 
 class RetrieveBody(Body):
@@ -27,7 +27,7 @@ class RetrieveBody(Body):
 
     def ask(self, request_id: str) -> Ask:
         """The question as the recommender takes it; `request_id` is used where the caller gave none."""
-        from tandem.service.recommend import Ask
+        from tandem.service.slate import Ask
 
         return Ask(
             user_id=self.user_id,

@@ -20,8 +20,9 @@ from registry.traffic import Counts
 from tandem.core.errors import InputError, NotFoundError
 from tandem.service.live_traffic import LiveTraffic
 from tandem.service.problems import log_failure
-from tandem.service.recommend import Ask, Recommender, Slate, Why
+from tandem.service.recommend import Recommender
 from tandem.service.shadow import Shadow
+from tandem.service.slate import Ask, Slate, Why
 
 Answer = TypeVar("Answer")
 

@@ -15,7 +15,7 @@ from tandem.service.body import MAX_LIST, Body, Count, Id, Short, Text
 from tandem.service.filter_schemas import FiltersBody
 
 if TYPE_CHECKING:
-    from tandem.service.recommend import Ask, Slate, Why
+    from tandem.service.slate import Ask, Slate, Why
 
 
 class RecommendBody(Body):
@@ -35,7 +35,7 @@ class RecommendBody(Body):
 
     def ask(self, request_id: str) -> Ask:
         """The question as the recommender takes it; `request_id` is used where the caller gave none."""
-        from tandem.service.recommend import Ask
+        from tandem.service.slate import Ask
 
         return Ask(
             user_id=self.user_id,

@@ -16,7 +16,8 @@ from typing import Final
 from registry.traffic import Counts
 from tandem.core.errors import InputError, NotFoundError
 from tandem.service.problems import log_failure
-from tandem.service.recommend import Ask, Recommender
+from tandem.service.recommend import Recommender
+from tandem.service.slate import Ask
 
 _PATIENCE_S: Final = 5.0
 """How long closing waits for the request that is being asked; computing cannot be cancelled."""

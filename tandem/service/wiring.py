@@ -31,9 +31,10 @@ from tandem.service.assemble import Assembler
 from tandem.service.breaker import GuardedUsers
 from tandem.service.clock import make_clock
 from tandem.service.live_items import LiveItems
+from tandem.service.parts import Parts, UserRows
 from tandem.service.pinned import pinned_by
 from tandem.service.problems import log_line
-from tandem.service.recommend import Parts, Recommender, UserRows
+from tandem.service.recommend import Recommender
 from tandem.service.settings import EncoderSettings, Settings
 from tandem.service.texts import ADAPTER, text_encoder
 

@@ -26,8 +26,8 @@ from feature_repo.offline import open_store
 from feature_repo.snapshot import Snapshot
 from feature_repo.store import load_events, load_source
 from tandem.service import recipes
-from tandem.service.recommend import Ask
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 REPEATS = 5

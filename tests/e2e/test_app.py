@@ -17,8 +17,9 @@ from fastapi.testclient import TestClient
 from tandem.core import errors
 from tandem.service.app import create_app, is_loopback
 from tandem.service.problems import kind_of
-from tandem.service.recommend import Ask, Recommender, Slate
+from tandem.service.recommend import Recommender
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask, Slate
 from tandem.service.wiring import open_recommender, users_with_history
 
 Answer = Any  # the response class of whichever HTTP client Starlette's test client is built on

@@ -17,8 +17,8 @@ from feature_repo.materialize import forget
 from feature_repo.served import ServedLog
 from tandem.core.folders import read_json, write_json
 from tandem.service import cli
-from tandem.service.recommend import Ask
 from tandem.service.settings import load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 CHECKS = ["leakage", "tables in time", "online parity", "served users", "served items", "views fresh", "snapshot fresh", "drift"]

@@ -20,8 +20,9 @@ from feature_repo.item_changes import FOLDER, ItemChanges
 from feature_repo.store import load_items
 from tandem.service import recipes
 from tandem.service.app import create_app
-from tandem.service.recommend import Ask, Recommender
+from tandem.service.recommend import Recommender
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender, users_with_history
 
 Answer = Any

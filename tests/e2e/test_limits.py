@@ -12,8 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tandem.service.app import create_app
-from tandem.service.recommend import Ask, Recommender
+from tandem.service.recommend import Recommender
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender, users_with_history
 
 LOCAL = "http://127.0.0.1"

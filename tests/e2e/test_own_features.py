@@ -25,8 +25,8 @@ from tandem.core.errors import IncompatibleError
 from tandem.service import app as http
 from tandem.service import cli, recipes
 from tandem.service.clock import make_clock
-from tandem.service.recommend import Ask
 from tandem.service.settings import load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "features.md").read_text(encoding="utf-8")

@@ -15,8 +15,8 @@ from feature_repo.sources.raw import Raw
 from feature_repo.sources.table import TableMapping
 from feature_repo.store import save_raw
 from tandem.service import recipes
-from tandem.service.recommend import Ask
 from tandem.service.settings import load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ from feature_repo.sources.raw import Raw, no_rejections
 from feature_repo.store import load_events, load_items, load_rejected, load_source, load_users, save_raw
 from tandem.core.errors import InputError, IntegrityError
 from tandem.service import recipes
-from tandem.service.recommend import Ask
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 

@@ -24,8 +24,8 @@ from feature_repo.views import TIMESTAMP
 from tandem.core.errors import InputError
 from tandem.core.folders import held, read_json
 from tandem.service import recipes
-from tandem.service.recommend import Ask
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 

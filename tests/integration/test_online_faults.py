@@ -19,8 +19,9 @@ from feature_repo.online_config import OnlineConfig
 from feature_repo.store import load_events
 from tandem.service.app import create_app
 from tandem.service.breaker import PAUSE_S
-from tandem.service.recommend import Ask, Recommender
+from tandem.service.recommend import Recommender
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 

@@ -28,8 +28,8 @@ from feature_repo.store import load_events, load_items
 from feature_repo.views import TIMESTAMP, ViewSchema, write_views
 from tandem.core.errors import IncompatibleError, InputError, UnavailableError
 from tandem.core.schema import TIME
-from tandem.service.recommend import Ask
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)

@@ -23,8 +23,8 @@ from tandem.core.errors import InputError
 from tandem.core.folders import read_json, write_json
 from tandem.service import recipes
 from tandem.service.app import create_app
-from tandem.service.recommend import Ask, Slate
 from tandem.service.settings import CheckSettings, Settings, load_settings
+from tandem.service.slate import Ask, Slate
 from tandem.service.wiring import open_recommender
 
 US = timedelta(microseconds=1)

@@ -13,8 +13,8 @@ from retrieval.encoder import ADAPTER_FILES
 from tandem.core.errors import IncompatibleError
 from tandem.core.folders import read_json
 from tandem.service import recipes
-from tandem.service.recommend import Ask
 from tandem.service.settings import Settings, load_settings
+from tandem.service.slate import Ask
 from tandem.service.wiring import open_recommender
 
 TUNED = """
