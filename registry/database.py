@@ -6,6 +6,8 @@ one transaction, once however many come at the same time; newer or foreign ones 
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -52,7 +54,9 @@ def _sqlite(address: URL) -> Engine:
     def prepare(connection: Any, record: Any) -> None:
         del record
         connection.isolation_level = None  # we say BEGIN ourselves
-        for pragma in (f"busy_timeout = {BUSY_MILLISECONDS}", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
+        _write_ahead(connection)
+        for pragma in ("synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
@@ -60,6 +64,19 @@ def _sqlite(address: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
     return engine
+
+
+def _write_ahead(connection: Any) -> None:
+    """Switch the journal. SQLite does not wait by itself when another process is switching the same new file."""
+    until = time.monotonic() + BUSY_MILLISECONDS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def open_tables(engine: Engine, releases: Path | None, after: Callable[[str], None]) -> None:

@@ -30,10 +30,11 @@ def run(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
         return [job() for job in jobs]
     import torch
 
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # holds for threads that begin now, and for the matrix library everywhere
         with ThreadPoolExecutor(min(threads, len(jobs))) as pool:
             return list(pool.map(lambda job: job(), jobs))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         _TURN.release()

@@ -23,7 +23,7 @@ def pinned_by(settings: Settings, folder: Path) -> Pins:
             f"{folder.name} has no {FEATURES_FILE}, so its views are not known; train the ranker and create the release again"
         )
     pins = Pins.read(folder / FEATURES_FILE)
-    check_pins(pins, all_views(settings.feature_tables), folder.name)
+    check_pins(pins, all_views(settings.feature_tables) if pins.views else (), folder.name)
     return pins
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from feature_repo.pins import Pins
 from registry.gates import Verdict
 from registry.release import ReleaseFacts, create_release
 from registry.store import ReleaseStore
@@ -34,8 +35,11 @@ def release(settings: Settings, name: str, lift: float, figures: Mapping[str, fl
     (parts / "evaluation").mkdir(parents=True)
     pl.DataFrame(users | values).write_parquet(parts / "evaluation" / "users.parquet")
     write_json(parts / "index" / "index.json", {"recall": 0.99})
+    Pins(()).write(parts / "features.json")
     facts = ReleaseFacts(created_at=datetime(2026, 11, 20, tzinfo=UTC), metrics=figures)
-    manifest = create_release({part: parts / part for part in ("evaluation", "index")}, settings.releases / name, facts)
+    manifest = create_release(
+        {part: parts / part for part in ("evaluation", "index", "features.json")}, settings.releases / name, facts
+    )
     with open_releases(settings) as store:
         store.add(manifest, settings.releases / name)
     return settings.releases / name
@@ -159,11 +163,12 @@ def test_rows_that_were_touched_are_never_judged(settings: Settings) -> None:
 
 def test_the_settings_of_the_page_are_read_and_are_the_defaults_where_it_says_so(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "registry.md").read_text(encoding="utf-8")
-    default, own, team = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    default, own, *others = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     plain = load_settings(tmp_path, {})
     (tmp_path / "tandem.toml").write_text(default)
     assert load_settings(tmp_path, {}).gates == plain.gates
     (tmp_path / "tandem.toml").write_text(own)
     assert "cold_user" in load_settings(tmp_path, {}).gates.metrics["ndcg@10"].slices
+    (team,) = [each for each in others if "artifacts" in each]
     (tmp_path / "tandem.toml").write_text(team)
     assert load_settings(tmp_path, {}).registry.artifacts == "s3://bucket/prefix"

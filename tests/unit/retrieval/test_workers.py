@@ -43,3 +43,9 @@ def test_a_second_caller_does_its_jobs_itself() -> None:
 
     for idents in workers.run([inner, inner]):
         assert len(set(idents)) == 1
+
+
+def test_torch_keeps_its_own_number_of_threads_whatever_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "count", lambda: 4)
+    assert workers.run([lambda: 1, lambda: 2]) == [1, 2]
+    assert torch.get_num_threads() == 2
