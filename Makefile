@@ -17,15 +17,18 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TO_RUN := $(VENV)/.installed-$(EXTRA)
 TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
-ALL_TESTS := --numprocesses 2 --dist loadfile --cov --cov-report=term
+ALL_TESTS := --numprocesses 2 --dist loadfile
 
-.PHONY: demo test lint accept accept-registry accept-retrieval bench bench-features bench-retrieval bench-quality clean
+.PHONY: demo test coverage lint accept accept-registry accept-retrieval bench bench-features bench-retrieval bench-quality clean
 
 demo: $(TO_RUN)
 	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
 
 test: lint
 	$(BIN)/pytest $(ALL_TESTS)
+
+coverage: lint  # the same tests, a third slower
+	$(BIN)/pytest $(ALL_TESTS) --cov --cov-report=term
 
 lint: $(TO_TEST)
 	$(BIN)/ruff check .

@@ -279,7 +279,8 @@ def mlflow_server(backend: str, folder: Path) -> Iterator[tuple[str, Callable[[]
     options |= {"artifacts-destination": folder / "artifacts"}
     words = [sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())]
     with (folder / "mlflow-server.log").open("wb") as log:
-        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        own = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # ten more processes, for nothing here
+        process = subprocess.Popen(words, cwd=folder, env=own, stdout=log, stderr=log, start_new_session=True)
 
     def stop() -> None:
         if process.poll() is None:

@@ -74,7 +74,10 @@ class Server:
         if self._process is not None and self._process.poll() is None:
             return
         with (self._files / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(self._words, cwd=self._files, stdout=log, stderr=log, start_new_session=True)
+            own = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # ten more processes, for nothing here
+            self._process = subprocess.Popen(
+                self._words, cwd=self._files, env=own, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             assert self._process.poll() is None, (self._files / "server.log").read_text()[-2000:]
