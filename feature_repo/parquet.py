@@ -7,7 +7,6 @@ scanned by Polars itself, in pieces; any other URL is opened through fsspec and 
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from feast.data_source import DataSource
 from feast.infra.offline_stores.file_source import FileSource
 from feast.repo_config import RepoConfig
 
+from feature_repo.store import write_parquet
 from tandem.core.errors import IncompatibleError, InputError, NotFoundError
 from tandem.core.folders import held
 
@@ -94,15 +94,7 @@ def part_name(stamp: int) -> str:
 def replace(path: Path, frame: pl.DataFrame) -> None:
     """Write one file; after a crash it holds the old rows or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
-        with beside.open("wb") as handle:
-            frame.write_parquet(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_parquet(frame, path)
 
 
 def write_parts(where: Path | str, frame: pl.DataFrame, partition_by: list[str]) -> None:
