@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import polars as pl
@@ -28,8 +27,7 @@ import polars as pl
 from feature_repo.counts import Counting, Totals, running_counts
 from feature_repo.features import DECLARED, Cross, Declared, OwnTable, check_crosses, check_declared, check_tables
 from feature_repo.histories import user_categories_table, user_history_table
-from feature_repo.versions import Filled, write_versions
-from feature_repo.views import ENTITIES, TIMESTAMP, ViewSchema
+from feature_repo.views import ENTITIES, TIMESTAMP
 from feature_repo.windows import declared_table, rows_from
 from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS, ITEMS, TIME, USERS, Source, Task
@@ -139,14 +137,6 @@ def rows_since(
             makers[DECLARED[entity]] = partial(declared_table, own_events, entity, own, source, config.until, since)
         found |= {name: make() for name, make in makers.items() if only is None or name in only}
     return found
-
-
-def write_tables(tables: Mapping[str, pl.DataFrame], features_folder: Path) -> tuple[ViewSchema, ...]:
-    """Write a folder `<view>/` for each table, each whole or not at all, then `schema.json`; returns the views.
-
-    Rows that are pushed later become further parts of the folder. `build.py` does it with everything that a version pins.
-    """
-    return write_versions({name: Filled(table) for name, table in tables.items()}, features_folder)
 
 
 # --- which events count for what ---------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from feast.repo_config import RepoConfig
 from feast.utils import _convert_arrow_to_proto
 
 from feature_repo.newest import NewestOnlineStore, Written, entity_key
-from feature_repo.polars_store import PolarsOfflineStore, newest_by_range
+from feature_repo.newest_rows import newest_by_range
+from feature_repo.polars_store import PolarsOfflineStore
 from feature_repo.views import MAX_AHEAD
 from tandem.core.errors import InputError
 

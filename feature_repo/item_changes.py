@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -26,7 +26,7 @@ from feature_repo.sources.files import with_row
 from tandem.core.errors import InputError
 from tandem.core.folders import read_json, write_json
 from tandem.core.journal import CARD_FILE, Journal
-from tandem.core.schema import ITEMS, MAX_CATEGORIES
+from tandem.core.schema import ITEMS, MAX_CATEGORIES, from_us, to_us
 
 FOLDER: Final = "changes"
 _APPLIED: Final = "applied.json"
@@ -34,7 +34,6 @@ _BOUND_TO: Final = "items"
 _SPARE_BYTES: Final = 64 << 20
 _ROW_BYTES: Final = 512
 _TIME: Final = "available_from"
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,18 +207,10 @@ def _plain(rows: tuple[dict[str, Any], ...] | None) -> list[dict[str, Any]] | No
     """Rows as JSON has them: times as UTC microseconds."""
     if rows is None:
         return None
-    return [{name: _us(value) if isinstance(value, datetime) else value for name, value in row.items()} for row in rows]
+    return [{name: to_us(value) if isinstance(value, datetime) else value for name, value in row.items()} for row in rows]
 
 
 def _timed(rows: list[dict[str, Any]] | None) -> tuple[dict[str, Any], ...] | None:
     if rows is None:
         return None
-    return tuple(row | ({_TIME: _moment(row[_TIME])} if _TIME in row else {}) for row in rows)
-
-
-def _us(moment: datetime) -> int:
-    return (moment - _EPOCH) // timedelta(microseconds=1)
-
-
-def _moment(us: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=us)
+    return tuple(row | ({_TIME: from_us(row[_TIME])} if _TIME in row else {}) for row in rows)

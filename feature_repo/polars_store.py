@@ -4,15 +4,15 @@ In: Feast's calls (`get_historical_features`, `pull_latest`, `pull_all`, `offlin
 sources, see `parquet.py`. Out: retrieval jobs that hand over Polars frames or Arrow tables of one chunk. The rule is Feast's: the
 newest feature row with feature time <= entity time and, where the view has a ttl, entity time - feature time <= ttl. Of rows with
 one key and one time the later created one wins, else the later in the file. Nothing here needs pandas, and nothing runs before
-it is asked for. The join itself is in `as_of.py`.
+it is asked for. The join itself is in `as_of.py`, the newest rows of large sources in `newest_rows.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, cast
 
 import pandas as pd
 import polars as pl
@@ -29,22 +29,16 @@ from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from feast.utils import compute_non_entity_date_range
 
 from feature_repo.as_of import ASKED, CREATED, KNOWN, ROW, Rule, newest_known
+from feature_repo.frames import EntityFrame, as_polars, as_utc, between, mapped, named, plain_arrow, utc
+from feature_repo.newest_rows import newest_of
 from feature_repo.parquet import append, exists, is_folder, place, scan, write_file, write_parts
-from tandem.core.errors import BusyError, IncompatibleError, InputError
+from tandem.core.errors import IncompatibleError, InputError
 from tandem.core.folders import whole_folder
 from tandem.core.schema import TIME
 
-EntityFrame: TypeAlias = pl.DataFrame | pl.LazyFrame | pd.DataFrame | pa.Table | None
-
 _FOR_EVER: Final = timedelta(days=365_000)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_LARGEST_ARRAY: Final = 2**31 - 1
 _ROWS_PER_RANGE: Final = 5_000_000
-_NARROW_ROWS: Final = 8
-"""Keys and times are so many times narrower than rows, at least."""
-
-_MOST_RANGES: Final = 32
-"""Each range is a scan of the whole source: beyond this many, ranges grow instead."""
 
 
 class PolarsOfflineStoreConfig(FeastConfigBaseModel):  # type: ignore[misc]
@@ -165,14 +159,14 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
         end_date: datetime | None = None,
     ) -> PolarsRetrievalJob:
         """The newest row per entity with start_date <= time <= end_date; columns go by the source's own names."""
-        order = [timestamp_field, *_named(created_timestamp_column)]
-        rows = _between(utc(scan(config, data_source), *order), timestamp_field, start_date, end_date)
+        order = [timestamp_field, *named(created_timestamp_column)]
+        rows = between(utc(scan(config, data_source), *order), timestamp_field, start_date, end_date)
         found = rows.select(*join_key_columns, *feature_name_columns, *order)
 
         def run() -> pl.DataFrame:
             if not join_key_columns:
                 return found.sort(*order, maintain_order=True).tail(1).with_columns(_dummy()).collect()
-            return pl.concat(list(_newest_by_range(found, join_key_columns, order, _ROWS_PER_RANGE)))
+            return pl.concat(list(newest_of(found, join_key_columns, order, _ROWS_PER_RANGE)))
 
         return PolarsRetrievalJob(config, run)
 
@@ -188,10 +182,10 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
         end_date: datetime | None = None,
     ) -> PolarsRetrievalJob:
         """Every row with start_date <= time <= end_date, oldest first; an end that is None is open."""
-        order = [timestamp_field, *_named(created_timestamp_column)]
+        order = [timestamp_field, *named(created_timestamp_column)]
 
         def run() -> pl.DataFrame:
-            rows = _between(utc(scan(config, data_source), *order), timestamp_field, start_date, end_date)
+            rows = between(utc(scan(config, data_source), *order), timestamp_field, start_date, end_date)
             columns = list(dict.fromkeys([*join_key_columns, *feature_name_columns, *order]))
             extra = [] if join_key_columns else [_dummy()]
             return rows.select(columns).sort(*order, maintain_order=True).with_columns(*extra).collect()
@@ -239,150 +233,6 @@ class PolarsOfflineStore(OfflineStore):  # type: ignore[misc]
             raise InputError(f"source {data_source.name!r} has no column {data_source.timestamp_field!r}; it has {columns}")
 
 
-def newest_by_range(
-    config: RepoConfig,
-    source: DataSource,
-    join_key_columns: Sequence[str],
-    feature_name_columns: Sequence[str],
-    timestamp_field: str,
-    created_timestamp_column: str | None,
-    start: datetime,
-    end: datetime,
-    rows: int,
-) -> Iterator[pl.DataFrame]:
-    """The newest row per entity with start <= time <= end, about `rows` entities at a time.
-
-    Which rows those are is found from keys and times alone; then they are fetched by their numbers, so that wide rows and lists
-    are read once or a few times, and never sorted. Columns go by the view's names. Rows come in the order of the first key's
-    length, then of the key: the order of Feast's serialized keys. Raises BusyError when the source is replaced meanwhile.
-    """
-    order = [timestamp_field, *_named(created_timestamp_column)]
-    named = [*join_key_columns, *order]
-    table = utc(mapped(scan(config, source), source), *order).with_row_index(ROW)
-    narrow = _between(table, timestamp_field, start, end).select(ROW, *named).drop_nulls(list(join_key_columns))
-    wide = table.select(ROW, *dict.fromkeys([*join_key_columns, *feature_name_columns, *order]))
-    key = pl.col(join_key_columns[0]).cast(pl.String)
-    at_most = max(rows, table.select(pl.len()).collect().item() // _MOST_RANGES)
-    for chosen in _in_pieces(_newest_by_range(narrow, join_key_columns, order, _NARROW_ROWS * rows), at_most, key):
-        fetched = _fetched(wide, chosen)
-        if not fetched.select(named).equals(chosen.sort(ROW).select(named)):
-            raise BusyError(f"source {source.name!r} was replaced while it was read; nothing is lost, run it again")
-        yield fetched.sort(key.str.len_bytes(), key).drop(ROW)
-
-
-def _in_pieces(parts: Iterable[pl.DataFrame], size: int, key: pl.Expr) -> Iterator[pl.DataFrame]:
-    """Frames of ascending keys cut and put together to `size` rows; the last one may have fewer, or none."""
-    waiting: list[pl.DataFrame] = []
-    for part in parts:
-        waiting.append(part.sort(key.str.len_bytes(), key))
-        while sum(each.height for each in waiting) > size:
-            whole = pl.concat(waiting)
-            yield whole.head(size)
-            waiting = [whole.slice(size)]
-    yield pl.concat(waiting)
-
-
-def _fetched(rows: pl.LazyFrame, chosen: pl.DataFrame) -> pl.DataFrame:
-    """The rows whose numbers were chosen, in their order in the source; what lies before and after them all is skipped."""
-    numbers = chosen[ROW]
-    first, last = numbers.min(), numbers.max()
-    if not isinstance(first, int) or not isinstance(last, int):
-        return rows.head(0).collect()
-    return rows.slice(first, last - first + 1).filter(pl.col(ROW).is_in(numbers.implode())).collect().sort(ROW)
-
-
-def _newest_by_range(rows: pl.LazyFrame, keys: Sequence[str], order: Sequence[str], size: int) -> Iterator[pl.DataFrame]:
-    for part in _key_ranges(rows, pl.col(keys[0]).cast(pl.String), size):
-        yield _newest(rows.filter(part) if part is not None else rows, keys, order).collect()
-
-
-def _newest(rows: pl.LazyFrame, keys: Sequence[str], order: Sequence[str]) -> pl.LazyFrame:
-    ordered = rows.sort(*keys, *order, maintain_order=True)
-    return ordered.unique(keys, keep="last", maintain_order=True)
-
-
-def _key_ranges(rows: pl.LazyFrame, key: pl.Expr, size: int) -> list[pl.Expr | None]:
-    """Conditions that cut the rows into ranges of (length of key, key), of about `size` rows at first; [None] for one range."""
-    count = rows.select(pl.len()).collect().item()
-    ranges = min(-(-count // size), _MOST_RANGES)
-    if ranges < 2:
-        return [None]
-    step = max(1, count // (1000 * ranges))
-    keys = rows.select(key.alias("key")).gather_every(step).drop_nulls()
-    sample = keys.sort(pl.col("key").str.len_bytes(), "key").collect()["key"]
-    borders = [sample[len(sample) * at // ranges] for at in range(1, ranges)]
-    above = [pl.lit(True), *(_reaches(key, border) for border in borders)]
-    below = [*(~_reaches(key, border) for border in borders), pl.lit(True)]
-    return [one & other for one, other in zip(above, below, strict=True)]
-
-
-def _reaches(key: pl.Expr, border: str) -> pl.Expr:
-    """Is (length of key, key) at or above that of the border?"""
-    length = key.str.len_bytes()
-    size = len(border.encode())
-    return (length > size) | ((length == size) & (key >= border))
-
-
-# --- columns ----------------------------------------------------------------------------------------------------------------
-
-
-def mapped(rows: pl.LazyFrame, source: DataSource) -> pl.LazyFrame:
-    """Rows with the source's field mapping applied, to the columns that are there under their old names."""
-    there = rows.collect_schema().names() if source.field_mapping else []
-    return rows.rename({old: new for old, new in source.field_mapping.items() if old in there and old != new})
-
-
-def utc(rows: pl.LazyFrame, timestamp_field: str, *created: str) -> pl.LazyFrame:
-    """Rows with their times as UTC microseconds (a push may have left nanoseconds); a creation column may be of any kind."""
-    schema = rows.collect_schema()
-    times = [name for name in created if isinstance(schema.get(name), pl.Datetime | pl.Date)]
-    return rows.with_columns(as_utc(schema, name) for name in (timestamp_field, *times))
-
-
-def as_utc(schema: pl.Schema, column: str) -> pl.Expr:
-    """Expression: `column` as UTC microseconds; times without a zone are read as UTC. Raises InputError for other types."""
-    dtype = schema.get(column)
-    if dtype is None:
-        raise InputError(f"no timestamp column {column!r}; there are {schema.names()}")
-    if dtype == pl.Date or (isinstance(dtype, pl.Datetime) and dtype.time_zone is None):
-        return pl.col(column).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-    if isinstance(dtype, pl.Datetime):
-        return pl.col(column).cast(pl.Datetime("us", dtype.time_zone)).dt.convert_time_zone("UTC")
-    raise InputError(f"column {column!r} has type {dtype}, not a timestamp; convert it before asking")
-
-
-def as_polars(frame: EntityFrame) -> pl.DataFrame:
-    """Any of the frames that Feast passes on, as a Polars DataFrame of the same rows in the same order."""
-    if isinstance(frame, pl.LazyFrame):
-        return frame.collect()
-    if isinstance(frame, pd.DataFrame):
-        return pl.from_pandas(frame)
-    if isinstance(frame, pa.Table):
-        return cast(pl.DataFrame, pl.from_arrow(frame))
-    if isinstance(frame, pl.DataFrame):
-        return frame
-    raise InputError(f"an entity frame cannot be a {type(frame).__name__}; pass a Polars, pandas or Arrow frame")
-
-
-def plain_arrow(frame: pl.DataFrame) -> pa.Table:
-    """An Arrow table of one chunk with the types that Feast knows: `string` and `list` where their 32-bit offsets reach."""
-    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
-    types = [_plain(column.type) if column.nbytes < _LARGEST_ARRAY else column.type for column in table.columns]
-    return table.cast(pa.schema(list(zip(table.column_names, types, strict=True))))
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_large_string(kind):
-        return pa.string()
-    if pa.types.is_large_binary(kind):
-        return pa.binary()
-    if pa.types.is_large_list(kind):
-        return pa.list_(_plain(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _plain(field.type)) for field in kind])
-    return kind
-
-
 # --- point in time ----------------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +259,7 @@ class _ViewPlan:
 
     def rows(self, config: RepoConfig) -> pl.LazyFrame:
         """Feature rows under the result's names, with keys and times under the names of the join."""
-        field, created = self.source.timestamp_field, _named(self.source.created_timestamp_column)
+        field, created = self.source.timestamp_field, named(self.source.created_timestamp_column)
         rows = utc(mapped(scan(config, self.source), self.source), field, *created)
         keys = [pl.col(key).alias(joined) for key, joined in zip(self.keys, self.joined, strict=True)]
         times = [pl.col(field).alias(KNOWN), *(pl.col(each).alias(CREATED) for each in created)]
@@ -482,26 +332,9 @@ def _known_entities(
     known = []
     for plan in plans:
         columns = [*(pl.col(joined).alias(c) for joined, c in zip(plan.joined, plan.keys.values(), strict=True))]
-        rows = _between(plan.rows(config), KNOWN, first, last)
+        rows = between(plan.rows(config), KNOWN, first, last)
         known.append(rows.select(*columns, pl.col(KNOWN).alias("event_timestamp")))
     return pl.concat(known).unique().sort("event_timestamp", *plans[0].keys.values()).collect()
-
-
-def _between(rows: pl.LazyFrame, field: str, start: datetime | None, end: datetime | None) -> pl.LazyFrame:
-    if start is not None:
-        rows = rows.filter(pl.col(field) >= _utc(start))
-    if end is not None:
-        rows = rows.filter(pl.col(field) <= _utc(end))
-    return rows
-
-
-def _utc(moment: datetime) -> pl.Expr:
-    naive = moment.tzinfo is None
-    literal = pl.lit(moment)
-    return (literal.dt.replace_time_zone("UTC") if naive else literal.dt.convert_time_zone("UTC")).cast(TIME)
-
-
-# --- questions that cannot be answered ----------------------------------------------------------------------------------------
 
 
 def _source_of(view: FeatureView) -> DataSource:
@@ -540,10 +373,6 @@ def _check_all_found(refs: Sequence[str], plans: Sequence[_ViewPlan], on_demand:
         raise IncompatibleError(
             f"{stray} are not features of plain feature views; on-demand views run only with offline_store.on_demand_views: true"
         )
-
-
-def _named(column: str | None) -> list[str]:
-    return [column] if column else []
 
 
 def _dummy() -> pl.Expr:

@@ -27,7 +27,7 @@ from feature_repo.checks import CLOCK_SKEW, CheckResult
 from feature_repo.offline import JUST_BEFORE
 from feature_repo.online import UserRow
 from feature_repo.views import TIMESTAMP, ViewSchema
-from tandem.core.schema import TIME
+from tandem.core.schema import TIME, from_us, to_us
 
 AsOf = Callable[[pl.DataFrame, str], pl.DataFrame]
 """Adds a view's features to rows [key, event_timestamp], as known 1 µs before each: `offline.historical` of a workspace."""
@@ -42,7 +42,6 @@ _TOLERANCE: Final = 1e-6
 """Relative to a number's size, at least 1: the ranker reads float32."""
 
 _MOMENTS: Final = 50
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 Value = float | int | str | None
 
@@ -330,8 +329,8 @@ def _text(value: Value) -> str | None:
 
 
 def _us(moment: datetime | None) -> int | None:
-    return None if moment is None else (moment.astimezone(UTC) - _EPOCH) // timedelta(microseconds=1)
+    return None if moment is None else to_us(moment)
 
 
 def _moment(us: int | None) -> datetime | None:
-    return None if us is None else _EPOCH + timedelta(microseconds=us)
+    return None if us is None else from_us(us)

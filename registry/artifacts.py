@@ -21,7 +21,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from registry.release import MEASURED, Manifest, release_folder, verify_release
-from registry.store import Release
+from registry.work import Release
 from tandem.core.errors import ConflictError, InputError, IntegrityError, NotFoundError, TandemError, UnavailableError
 from tandem.core.folders import MANIFEST, held, sweep_partials, whole_folder
 

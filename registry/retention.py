@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from registry.artifacts import Artifacts
-from registry.store import Release, ReleaseStore
+from registry.store import ReleaseStore
+from registry.work import Release
 from tandem.core.errors import InputError
 from tandem.core.folders import held, sweep_partials
 

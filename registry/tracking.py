@@ -33,7 +33,8 @@ from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from registry.release import NAME, Manifest, verify_release
-from registry.store import Release, ReleaseStore
+from registry.store import ReleaseStore
+from registry.work import Release
 from tandem.core.errors import InputError, NotFoundError, TandemError, UnavailableError
 from tandem.core.folders import write_json
 

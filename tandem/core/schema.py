@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal
 
@@ -18,6 +19,7 @@ from tandem.core.errors import InputError
 
 TIME: Final = pl.Datetime("us", "UTC")
 MICROSECONDS_PER_DAY: Final = 86_400_000_000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 EVENTS: Final[dict[str, pl.DataType]] = {
     "event_id": pl.String(),
@@ -163,3 +165,13 @@ def check_id(value: str, what: str) -> str:
     if problem:
         raise InputError(f"{what} {value[:40]!r} is not an id: {problem}; ids are 1-{MAX_ID_BYTES} bytes of plain text")
     return value
+
+
+def to_us(moment: datetime) -> int:
+    """UTC microseconds of a time with a zone."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
+
+
+def from_us(us: int) -> datetime:
+    """The time of UTC microseconds."""
+    return _EPOCH + timedelta(microseconds=us)

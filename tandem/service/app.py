@@ -36,11 +36,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Scope
 
 from feature_repo.erase import erase_user
 from feature_repo.live import OPTIONAL, EventGate
 from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS
+from tandem.service.asking import AskBody
 from tandem.service.body import Id
 from tandem.service.filter_schemas import FiltersBody
 from tandem.service.follow import Follower
@@ -80,7 +82,7 @@ from tandem.service.schemas import (
     WhyAnswer,
 )
 from tandem.service.settings import Settings
-from tandem.service.slate import Slate
+from tandem.service.slate import Ask, Slate
 from tandem.service.watcher import Watcher
 
 DRAIN_SECONDS: Final = 1.0
@@ -240,6 +242,10 @@ class Service:
         if self._opened_here and self._recommender is not None:
             self._recommender.close()
 
+    def asked(self, body: AskBody, scope: Scope) -> Ask:
+        """The question of a request, with the time until which stages are begun."""
+        return replace(body.ask(request_id_of(scope)), deadline=deadline(scope, self.settings.service.budget_ms))
+
     def checked(self, k: int, filters: FiltersBody) -> int:
         """`k`, refused above the service's limit, as are filters by what the release's items do not have."""
         if filters.attributes or filters.ranges:
@@ -346,7 +352,7 @@ async def readyz(service: Here) -> Response:
 def recommend(body: RecommendBody, request: Request, service: Here) -> SlateAnswer:
     """A slate for any mix of user, session and sentence."""
     service.checked(body.k, body.filters)
-    ask = replace(body.ask(request_id_of(request.scope)), deadline=deadline(request.scope, service.settings.service.budget_ms))
+    ask = service.asked(body, request.scope)
     placed = service.rollout.recommend(service.recommender, ask)
     service.metrics.slate(placed.slate)
     return SlateAnswer.of(placed.slate, placed.experiment, placed.arm)

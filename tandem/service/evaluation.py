@@ -156,11 +156,6 @@ def expected_clicks(
     return means | {"best possible": float(np.mean(best))}
 
 
-def share_of_best(world: Mapping[str, float], system: str) -> float:
-    """How far a system is from popularity (0) to the best possible (1)."""
-    return (world[system] - world["popularity"]) / (world["best possible"] - world["popularity"])
-
-
 def _truth(data: Dataset, requests: pl.DataFrame, answered: Answered, catalogue: CatalogueColumns) -> Truth:
     trained = np.asarray(data.training_matrix().sum(axis=0)).ravel()
     categories = catalogue.items.categories

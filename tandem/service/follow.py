@@ -6,12 +6,12 @@ cannot be loaded (damaged, incompatible, no memory for two) is said once and lef
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tandem.core.errors import BusyError, TandemError, UnavailableError
+from tandem.service.loop import Loop
 from tandem.service.problems import log_line
 
 if TYPE_CHECKING:
@@ -37,20 +37,18 @@ class Follower:
     ) -> None:
         """`loaded` gives a release that is in memory already, since it answered as a challenger."""
         self._loaded = loaded
-        self._settings, self._serving, self._swap, self._every_s = settings, serving, swap, every_s
+        self._settings, self._serving, self._swap = settings, serving, swap
         self._refused: tuple[str, int] | None = None
         self._store: ReleaseStore | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="follow promotions", daemon=True)
+        self._loop = Loop(self.look, every_s, "follow promotions")
 
     def start(self) -> None:
         """Begin to look."""
-        self._thread.start()
+        self._loop.start()
 
     def stop(self) -> None:
         """Stop looking; returns when a release that is being loaded is loaded, or refused."""
-        self._stop.set()
-        self._thread.join()
+        self._loop.stop()
         if self._store is not None:
             self._store.close()
 
@@ -80,10 +78,6 @@ class Follower:
         self._refused = None
         self._swap(recommender)
         return True
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
-            self.look()
 
     def _fetched(self, name: str) -> Path:
         """The folder of a release on this machine, fetched if it was made on another one."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final
 
-from registry.store import Promotion, ReleaseStore, Work
+from registry.store import ReleaseStore
+from registry.work import Promotion, Work
 from tandem.service.schemas import ChangeAnswer
 
 _FIGURES: Final = ("towers_ranker/ndcg@10", "towers_ranker/recall@100", "towers_ranker/coverage@10")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from feature_repo.pins import FEATURES_FILE, Pins, check_pins
 from feature_repo.views import all_views
-from registry.store import Release, ReleaseStore
+from registry.store import ReleaseStore
+from registry.work import Release
 from tandem.core.errors import NotFoundError
 from tandem.service.recipes.workspace import RANKER, open_artifacts
 from tandem.service.settings import Settings

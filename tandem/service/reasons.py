@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from datetime import datetime
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from ranking.explain import Evidence, reason
 from retrieval.candidates import Candidates
 from retrieval.listing import Listing
 from retrieval.retriever import Queries
-from tandem.core.schema import MICROSECONDS_PER_DAY
+from tandem.core.schema import MICROSECONDS_PER_DAY, to_us
 from tandem.service.assemble import Users
 from tandem.service.parts import Parts
 from tandem.service.slate import SlateItem
@@ -91,7 +90,7 @@ class Reasons:
             similarity=near[1] if near else None,
             query_similarity=close,
             popularity=float(self._popularity[row]) if row < len(self._popularity) else 0.0,
-            age_days=None if since is None else (us(now) - since) / MICROSECONDS_PER_DAY,
+            age_days=None if since is None else (to_us(now) - since) / MICROSECONDS_PER_DAY,
             category=favourite,
             category_share=share[favourite] if favourite else None,
         )
@@ -100,8 +99,3 @@ class Reasons:
 def _percentiles(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     """Share of the catalogue that is less popular than each item, 0..1."""
     return (np.searchsorted(np.sort(counts), counts, side="left") / max(len(counts), 1)).astype(np.float32)
-
-
-def us(moment: datetime) -> int:
-    """UTC microseconds."""
-    return int(pl.Series([moment]).dt.epoch("us")[0])

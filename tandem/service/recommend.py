@@ -24,11 +24,11 @@ from retrieval.filters import CATEGORY, Filters
 from retrieval.listing import Listing
 from retrieval.retriever import Queries
 from tandem.core.errors import InputError, NotFoundError, UnavailableError
-from tandem.core.schema import check_id
+from tandem.core.schema import check_id, to_us
 from tandem.service.assemble import Users, pairs
 from tandem.service.live_items import LiveItems
 from tandem.service.parts import Parts
-from tandem.service.reasons import Reasons, us
+from tandem.service.reasons import Reasons
 from tandem.service.retrieve import Retrieved, retrieved_items
 from tandem.service.slate import Ask, Slate, SlateItem, Why
 from tandem.service.stage_clock import StageClock
@@ -109,7 +109,7 @@ class Recommender:
         retriever, clock, filters = self._parts.retriever, self._started(), filters or Filters()
         item = self._row(item_id)
         with clock.stage("similar"):
-            masks = retriever.masks(filters, us(now or self._parts.clock()))
+            masks = retriever.masks(filters, to_us(now or self._parts.clock()))
             rows, scores = retriever.similar(item, k, masks, retriever.rows(filters.exclude))
         title = self._now.title(item)
         items = tuple(
@@ -227,8 +227,8 @@ class Recommender:
         cold = not row.get("history_items")
         if ask.session:
             row["history_items"] = [*(row.get("history_items") or ()), *ask.session]
-            row["history_times"] = [*(row.get("history_times") or ()), *[us(now)] * len(ask.session)]
-        return self._parts.assembler.users([row], np.array([us(now)], np.int64), [ask.context]), cold, read
+            row["history_times"] = [*(row.get("history_times") or ()), *[to_us(now)] * len(ask.session)]
+        return self._parts.assembler.users([row], np.array([to_us(now)], np.int64), [ask.context]), cold, read
 
     def _sentence(self, ask: Ask, clock: StageClock) -> tuple[NDArray[np.float32] | None, bool]:
         """The sentence's vector (1, T), and whether the model could not read all of it."""
@@ -249,11 +249,11 @@ class Recommender:
             seen = self._parts.seen.of(ask.user_id) if ask.user_id is not None and self._parts.seen is not None else ()
             history = users.histories[0]
             out = np.unique(np.concatenate([out, history[history >= 0], retriever.rows(seen)]))
-        masks = retriever.masks(ask.filters, us(now))
+        masks = retriever.masks(ask.filters, to_us(now))
         if ask.categories:
             mask = retriever.masks(Filters(categories_any=ask.categories, available=False), 0)[CATEGORY]
             masks[CATEGORY] = masks[CATEGORY] & mask if CATEGORY in masks else mask
-        return Queries(users.histories, [out], us(now), sentence, masks)
+        return Queries(users.histories, [out], to_us(now), sentence, masks)
 
     def _candidates(self, queries: Queries, k: int, clock: StageClock) -> tuple[Candidates, NDArray[np.float32]]:
         config = replace(self._parts.config, k=k)

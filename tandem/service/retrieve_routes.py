@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import APIRouter, Depends, Request
 
 from tandem.service.app import PROBLEMS, Here, within_rate
-from tandem.service.problems import deadline, request_id_of
 from tandem.service.retrieve_schemas import RetrieveAnswer, RetrieveBody
 
 routes = APIRouter(prefix="/v1", dependencies=[Depends(within_rate)], responses=PROBLEMS)
@@ -17,7 +14,6 @@ routes = APIRouter(prefix="/v1", dependencies=[Depends(within_rate)], responses=
 def retrieve(body: RetrieveBody, request: Request, service: Here) -> RetrieveAnswer:
     """Candidates for any mix of user, session and sentence, with where each of them came from."""
     service.checked(body.k, body.filters)
-    ask = replace(body.ask(request_id_of(request.scope)), deadline=deadline(request.scope, service.settings.service.budget_ms))
-    found = service.recommender.retrieve(ask)
+    found = service.recommender.retrieve(service.asked(body, request.scope))
     service.metrics.slate(found)
     return RetrieveAnswer.of(found)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from tandem.service.body import MAX_LIST, Body, Count, Id, Text
+from tandem.service.asking import AskBody
+from tandem.service.body import Count
 from tandem.service.filter_schemas import FiltersBody
 
 if TYPE_CHECKING:
@@ -15,28 +16,15 @@ if TYPE_CHECKING:
     from tandem.service.slate import Ask
 
 
-class RetrieveBody(Body):
-    """Any mix of who asks, what they did just now, and what they want in their own words; all empty: what is popular."""
+class RetrieveBody(AskBody):
+    """Candidates for whoever asks."""
 
-    user_id: Id | None = None
-    session: tuple[Id, ...] = Field(default=(), max_length=MAX_LIST, description="item ids of this session, oldest first")
-    query: Text | None = Field(default=None, description="what is wanted, in words")
     k: Count = 100
     filters: FiltersBody = Field(default_factory=FiltersBody)
-    request_id: Id | None = None
 
     def ask(self, request_id: str) -> Ask:
-        """The question as the recommender takes it; `request_id` is used where the caller gave none."""
-        from tandem.service.slate import Ask
-
-        return Ask(
-            user_id=self.user_id,
-            session=self.session,
-            query=self.query if self.query and self.query.strip() else None,
-            k=self.k,
-            filters=self.filters.filters(),
-            request_id=self.request_id or request_id,
-        )
+        """With how many, and filters."""
+        return replace(super().ask(request_id), k=self.k, filters=self.filters.filters())
 
 
 class NamedAnswer(BaseModel):

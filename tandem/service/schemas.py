@@ -6,47 +6,37 @@ In: JSON. Out: `recommend.Ask` for the recommender, and answers made from its `S
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, Field, FiniteFloat, StrictInt
 
-from tandem.service.body import MAX_LIST, Body, Count, Id, Short, Text
+from tandem.service.asking import AskBody
+from tandem.service.body import MAX_LIST, Body, Count, Id, Short
 from tandem.service.filter_schemas import FiltersBody
 
 if TYPE_CHECKING:
     from tandem.service.slate import Ask, Slate, Why
 
 
-class RecommendBody(Body):
-    """Any mix of who asks, what they did just now, and what they want in their own words. All empty: what is popular."""
+class RecommendBody(AskBody):
+    """A slate for whoever asks."""
 
-    user_id: Id | None = None
-    session: tuple[Id, ...] = Field(default=(), max_length=MAX_LIST, description="item ids of this session, oldest first")
-    query: Text | None = Field(default=None, description="what is wanted, in words")
     k: Count = 10
     categories: tuple[Short, ...] = Field(default=(), max_length=MAX_LIST, description="only items of one of these categories")
     exclude: tuple[Id, ...] = Field(default=(), max_length=MAX_LIST, description="item ids that must not come")
     filters: FiltersBody = Field(default_factory=FiltersBody, description="beside `categories` and `exclude`")
-    context: dict[Short, Short] = Field(
-        default_factory=dict, max_length=32, description="where it is asked from, such as device and surface, as events say it"
-    )
-    request_id: Id | None = None
+    context: dict[Short, Short] = Field(default_factory=dict, max_length=32)
 
     def ask(self, request_id: str) -> Ask:
-        """The question as the recommender takes it; `request_id` is used where the caller gave none."""
-        from tandem.service.slate import Ask
-
-        return Ask(
-            user_id=self.user_id,
-            session=self.session,
-            query=self.query if self.query and self.query.strip() else None,
+        """With how many, filters and context."""
+        return replace(
+            super().ask(request_id),
             k=self.k,
             categories=self.categories,
             exclude=self.exclude,
             filters=self.filters.filters(),
             context=self.context,
-            request_id=self.request_id or request_id,
         )
 
 

@@ -20,11 +20,13 @@ from registry.watch import broken
 from tandem.core.errors import BusyError, ConflictError, IntegrityError, NotFoundError, TandemError, UnavailableError
 from tandem.service.follow import check_room
 from tandem.service.live_traffic import LiveTraffic
+from tandem.service.loop import Loop
 from tandem.service.problems import log_line
 from tandem.service.rollout import Rollout
 
 if TYPE_CHECKING:
-    from registry.store import Champion, Promotion, ReleaseStore
+    from registry.store import ReleaseStore
+    from registry.work import Champion, Promotion
     from tandem.service.recommend import Recommender
     from tandem.service.settings import Settings
 
@@ -33,7 +35,7 @@ _IDLE_WRITE_S: Final = 10.0
 
 
 class Watcher:
-    """Looks at the registry every `every_s` seconds until it is stopped. `retire` takes a challenger that answers no more."""
+    """Looks at the registry every `service.follow_seconds` until it is stopped; `retire` takes a challenger that is done."""
 
     def __init__(
         self,
@@ -54,18 +56,16 @@ class Watcher:
         self._given_up: set[int] = set()
         self._broken: tuple[int, str] | None = None
         self._looking = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch rollout", daemon=True)
+        self._loop = Loop(self.look, settings.service.follow_seconds, "watch rollout")
 
     def start(self) -> None:
         """Begin to look, once at once: a service that starts in the middle of an experiment takes part in it."""
         self.look()
-        self._thread.start()
+        self._loop.start()
 
     def stop(self) -> None:
         """Stop looking; returns when the look that is under way is over."""
-        self._stop.set()
-        self._thread.join()
+        self._loop.stop()
         if self._store is not None:
             self._store.close()
 
@@ -228,10 +228,6 @@ class Watcher:
         if self._said != reason:
             log_line(event, reason=reason)
         self._said = reason
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._settings.service.follow_seconds):
-            self.look()
 
     def _opened(self) -> ReleaseStore:
         from registry.store import ReleaseStore

@@ -18,9 +18,8 @@ from tandem.core import errors
 from tandem.service.app import create_app, is_loopback
 from tandem.service.problems import kind_of
 from tandem.service.recommend import Recommender
-from tandem.service.settings import Settings, load_settings
+from tandem.service.settings import Settings
 from tandem.service.slate import Ask, Slate
-from tandem.service.wiring import open_recommender, users_with_history
 
 Answer = Any  # the response class of whichever HTTP client Starlette's test client is built on
 SECRET = "s3cret-of-the-caller"
@@ -30,31 +29,9 @@ KEY = "correct horse battery staple"
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_workspace: Path) -> Settings:
-    return load_settings(tiny_workspace, {})
-
-
-@pytest.fixture(scope="module")
-def recommender(settings: Settings) -> Iterator[Recommender]:
-    opened = open_recommender(settings)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
 def client(settings: Settings, recommender: Recommender) -> Iterator[TestClient]:
     with TestClient(create_app(settings, recommender), LOCAL, raise_server_exceptions=False) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def user(settings: Settings) -> str:
-    return users_with_history(settings.data, 8, 1)[0]
-
-
-@pytest.fixture(scope="module")
-def catalogue(settings: Settings) -> pl.DataFrame:
-    return pl.read_parquet(settings.data / "items.parquet")
 
 
 def ask(client: TestClient, **body: Any) -> Answer:

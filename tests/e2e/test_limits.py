@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
 from fastapi.testclient import TestClient
 
 from tandem.service.app import create_app
 from tandem.service.recommend import Recommender
-from tandem.service.settings import Settings, load_settings
+from tandem.service.settings import Settings
 from tandem.service.slate import Ask
-from tandem.service.wiring import open_recommender, users_with_history
 
 LOCAL = "http://127.0.0.1"
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_workspace: Path) -> Settings:
-    return load_settings(tiny_workspace, {})
-
-
-@pytest.fixture(scope="module")
-def recommender(settings: Settings) -> Iterator[Recommender]:
-    opened = open_recommender(settings)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def user(settings: Settings) -> str:
-    return users_with_history(settings.data, 8, 1)[0]
 
 
 def client(settings: Settings, recommender: Recommender, **service: Any) -> TestClient:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -11,26 +10,16 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tandem.service.app import create_app
-from tandem.service.settings import Settings, load_settings
+from tandem.service.settings import Settings
 from tandem.service.wiring import users_with_history
 
 LOCAL = "http://127.0.0.1"
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_workspace: Path) -> Settings:
-    return load_settings(tiny_workspace, {})
-
-
-@pytest.fixture(scope="module")
 def client(settings: Settings) -> Iterator[TestClient]:
     with TestClient(create_app(settings), LOCAL, raise_server_exceptions=False) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def user(settings: Settings) -> str:
-    return users_with_history(settings.data, 8, 1)[0]
 
 
 def rank(client: TestClient, **body: Any) -> Any:

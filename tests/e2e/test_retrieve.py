@@ -15,17 +15,9 @@ from tandem.service.app import create_app
 from tandem.service.filter_schemas import FiltersBody
 from tandem.service.recommend import Recommender
 from tandem.service.settings import load_settings
-from tandem.service.wiring import open_recommender, users_with_history
 
 Answer = Any
 LOCAL = "http://127.0.0.1"
-
-
-@pytest.fixture(scope="module")
-def recommender(tiny_workspace: Path) -> Iterator[Recommender]:
-    opened = open_recommender(load_settings(tiny_workspace, {}))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +25,6 @@ def client(tiny_workspace: Path, recommender: Recommender) -> Iterator[TestClien
     app = create_app(load_settings(tiny_workspace, {}), recommender)
     with TestClient(app, LOCAL, raise_server_exceptions=False) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def user(tiny_workspace: Path) -> str:
-    return users_with_history(tiny_workspace / "data", 8, 1)[0]
-
-
-@pytest.fixture(scope="module")
-def catalogue(tiny_workspace: Path) -> pl.DataFrame:
-    return pl.read_parquet(tiny_workspace / "data" / "items.parquet")
 
 
 def retrieve(client: TestClient, **body: Any) -> Answer:

@@ -25,8 +25,9 @@ from registry.database import UPGRADE_STEPS
 from registry.migrations import BOOKS
 from registry.release import CREATE_STEPS, ReleaseFacts, create_release, verify_release
 from registry.retention import DELETE_STEPS
-from registry.store import ADD_STEPS, PROMOTE_STEPS, ReleaseStore
+from registry.store import ReleaseStore
 from registry.tables import TABLES_VERSION, Base
+from registry.work import ADD_STEPS, PROMOTE_STEPS
 from tandem.core.errors import ConflictError
 
 POSTGRES = os.environ.get("TANDEM_TEST_POSTGRES", "postgresql+psycopg://root@127.0.0.1:5432/test")

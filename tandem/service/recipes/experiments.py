@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from registry.experiments import ExperimentStory, Stage
     from registry.readout import Contrast
-    from registry.store import Work
+    from registry.work import Work
     from tandem.service.experiment import Report
 
 PERCENT: Final = {"shadow": 100.0, "canary": 5.0, "ab": 50.0}

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from registry.gates import GateResult, Interval, Verdict
     from registry.policy import Evidence
-    from registry.store import Release, ReleaseStore
+    from registry.store import ReleaseStore
+    from registry.work import Release
 
 USERS: Final = "evaluation/users.parquet"
 REPORT: Final = "evaluation/report.json"

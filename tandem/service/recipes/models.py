@@ -23,7 +23,7 @@ from tandem.service.recipes.workspace import (
 from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
-    from registry.store import Release
+    from registry.work import Release
     from retrieval.encoder import TextEncoder
     from retrieval.index import VectorIndex
     from tandem.service.evaluation import Evaluation, Rival

@@ -30,7 +30,8 @@ from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
     from registry.retention import Pruned
-    from registry.store import Champion, ReleaseStore
+    from registry.store import ReleaseStore
+    from registry.work import Champion
 
 _TRACED: Final = ("faiss-cpu", "faiss-gpu", "feast", "mlflow", "numpy", "polars", "tandem-recommender", "torch", "transformers")
 

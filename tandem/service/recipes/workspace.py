@@ -13,8 +13,9 @@ from tandem.service.settings import Settings
 
 if TYPE_CHECKING:
     from registry.artifacts import Artifacts
-    from registry.store import Release, ReleaseStore
+    from registry.store import ReleaseStore
     from registry.tracking import DataInput, Tracker
+    from registry.work import Release
 
 Progress = Callable[[str, int, int], None]
 

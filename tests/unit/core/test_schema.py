@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import FrozenInstanceError, replace
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import polars as pl
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tandem.core import errors
 from tandem.core.errors import InputError, TandemError
-from tandem.core.schema import EVENTS, ITEMS, MAX_ID_BYTES, TIME, USERS, Source, Task, check_id, id_problem
+from tandem.core.schema import EVENTS, ITEMS, MAX_ID_BYTES, TIME, USERS, Source, Task, check_id, from_us, id_problem, to_us
 
 BOOKS = Source(
     kind="goodbooks",
@@ -141,3 +142,10 @@ def test_every_error_hangs_on_the_one_tree_and_stands_in_its_picture() -> None:
         assert error.__bases__ == (TandemError,)
         assert error.__name__ in (errors.__doc__ or "")
         assert error.__doc__
+
+
+def test_times_become_microseconds_and_come_back_from_any_zone() -> None:
+    moment = datetime(2026, 11, 21, 12, 0, 0, 7, tzinfo=timezone(timedelta(hours=2)))
+    assert to_us(moment) == 1_795_255_200_000_007
+    assert from_us(to_us(moment)) == moment
+    assert to_us(datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)) == -1

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_repo import histories
-from feature_repo.aggregates import AggregateConfig, build_tables, write_tables
+from feature_repo.aggregates import AggregateConfig, build_tables
+from feature_repo.versions import Filled, write_versions
 from feature_repo.views import read_views
 from tandem.core.errors import InputError
 from tandem.core.schema import EVENTS, ITEMS, USERS, Source, Task
@@ -64,6 +65,10 @@ def catalogue() -> pl.DataFrame:
 
 def nobody() -> pl.DataFrame:
     return pl.DataFrame(schema=USERS)
+
+
+def filled(tables: dict[str, pl.DataFrame]) -> dict[str, Filled]:
+    return {name: Filled(table) for name, table in tables.items()}
 
 
 def tables_of(events: Sequence[Event], source: Source = RATINGS, config: AggregateConfig = CONFIG) -> dict[str, pl.DataFrame]:
@@ -401,7 +406,7 @@ def test_a_window_of_no_days_is_refused() -> None:
 
 def test_tables_are_read_back_as_the_schema_describes_them(tmp_path: Path) -> None:
     tables = tables_of([rating("x", 1), rating("y", 2, None)])
-    written = write_tables(tables, tmp_path / "features")
+    written = write_versions(filled(tables), tmp_path / "features")
     assert read_views(tmp_path / "features") == written
     assert [view.name for view in written] == list(tables)
     for view in written:
@@ -412,7 +417,7 @@ def test_tables_are_read_back_as_the_schema_describes_them(tmp_path: Path) -> No
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tables(tables_of([rating("x", 1)]), tmp_path)
+    write_versions(filled(tables_of([rating("x", 1)])), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
 
     def full(handle: int) -> None:
@@ -420,7 +425,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_tables(tables_of([rating("y", 2)]), tmp_path)
+        write_versions(filled(tables_of([rating("y", 2)])), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 

@@ -23,8 +23,9 @@ from feast.types import Int64, String
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_repo import as_of, polars_store
-from feature_repo.polars_store import PolarsOfflineStore, PolarsRetrievalJob, newest_by_range
+from feature_repo import as_of, newest_rows
+from feature_repo.newest_rows import newest_by_range
+from feature_repo.polars_store import PolarsOfflineStore, PolarsRetrievalJob
 from tandem.core.errors import BusyError, IncompatibleError, InputError, NotFoundError
 from tandem.core.folders import held
 from tandem.core.schema import TIME
@@ -478,8 +479,8 @@ def test_a_source_that_is_replaced_while_it_is_read_is_noticed(
     """Row numbers of one file mean nothing in another: what is fetched then belongs to somebody else."""
     config, source, table = histories
     other = table.reverse().with_row_index("__row").lazy()
-    fetched = polars_store._fetched
-    monkeypatch.setattr(polars_store, "_fetched", lambda _, chosen: fetched(other, chosen))
+    fetched = newest_rows._fetched
+    monkeypatch.setattr(newest_rows, "_fetched", lambda _, chosen: fetched(other, chosen))
     start, end = (datetime.fromtimestamp(second, UTC) for second in (0, 30))
     with pytest.raises(BusyError, match="source 'table' was replaced"):
         next(newest_by_range(config, source, ["user_id"], ["items"], "event_timestamp", None, start, end, 10))

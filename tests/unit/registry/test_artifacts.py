@@ -18,7 +18,8 @@ from registry import artifacts as module
 from registry.artifacts import Artifacts
 from registry.release import Manifest, ReleaseFacts, create_release, verify_release
 from registry.retention import delete, prune
-from registry.store import Release, ReleaseStore
+from registry.store import ReleaseStore
+from registry.work import Release
 from tandem.core.errors import ConflictError, InputError, IntegrityError, NotFoundError, UnavailableError
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)

@@ -15,8 +15,9 @@ import pytest
 from sqlalchemy import create_engine, text, update
 
 from registry.release import Manifest
-from registry.store import PROMOTE_STEPS, Champion, ReleaseStore
+from registry.store import ReleaseStore
 from registry.tables import TABLES_VERSION, ReleaseRow
+from registry.work import PROMOTE_STEPS, Champion
 from tandem.core.errors import (
     BusyError,
     ConflictError,
