@@ -22,9 +22,11 @@ from datetime import datetime
 from functools import partial
 from typing import Final
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from feature_repo.counts import Counting, Totals, running_counts
+from feature_repo.counts import Counting, Timeline, exact_in_any_order, running_counts, timeline
 from feature_repo.features import DECLARED, Cross, Declared, OwnTable, check_crosses, check_declared, check_tables
 from feature_repo.histories import user_categories_table, user_history_table
 from feature_repo.views import ENTITIES, TIMESTAMP
@@ -83,13 +85,13 @@ def build_tables(
     stand in two views.
     """
     config = config or AggregateConfig()
-    marked = _marked(events.lazy(), source)
-    history, totals = _history_events(marked), _totals_of(marked, source)
+    history, line = _history_events(events.lazy(), source), _line(events.lazy(), source, config)
+    priors = _priors(line.totals, source, config.prior_strength)
     makers: dict[str, Callable[[], pl.DataFrame]] = {
-        "user_stats": lambda: _stats(marked, "user", source, config, totals),
+        "user_stats": lambda: _stats(line, priors, "user", source, config),
         "user_history": lambda: user_history_table(history, config.history_length),
         "user_categories": lambda: user_categories_table(history, items, config.top_categories),
-        "item_stats": lambda: _stats(marked, "item", source, config, totals),
+        "item_stats": lambda: _stats(line, priors, "item", source, config),
         "item_attributes": lambda: _item_attributes(items),
     }
     attributes = _attributes(users, USERS)
@@ -116,17 +118,15 @@ def rows_since(
     `events` is all events, the new ones among them; `touched` the new ones [user_id, item_id, timestamp]. The rows equal those of
     `build_tables` over all events, but cost the time of the touched histories and of one pass over the counts.
     """
-    totals = _totals_in(events, source)
     found: dict[str, pl.DataFrame] = {}
     for entity, key in ENTITIES.items():
         since = touched.group_by(key).agg(pl.col("timestamp").min().alias("since"))
-        own_events = events.filter(pl.col(key).is_in(since[key].implode()))
-        marked = _marked(own_events, source)
+        own_events = events.filter(pl.col(key).is_in(since[key].implode())).collect().lazy()
         makers: dict[str, Callable[[], pl.DataFrame]] = {
-            f"{entity}_stats": partial(_stats, marked, entity, source, config, totals, since)
+            f"{entity}_stats": partial(_stats_since, since, own_events, events, entity, source, config)
         }
         if entity == "user":
-            history = _history_events(marked)
+            history = _history_events(own_events, source)
             makers["user_history"] = lambda h=history, s=since: rows_from(  # type: ignore[misc]
                 user_history_table(h, config.history_length), "user_id", s
             )
@@ -142,105 +142,112 @@ def rows_since(
 # --- which events count for what ---------------------------------------------------------------------------------------
 
 
-def _marked(events: pl.LazyFrame, source: Source) -> pl.DataFrame:
-    """Events that any feature looks at, in (timestamp, event_id) order, with 0/1 columns for what they are."""
-    marked = _marks(events, source).collect()
-    return marked if _in_order(marked) else marked.sort(TIMESTAMP, "event_id")
-
-
-def _in_order(marked: pl.DataFrame) -> bool:
-    """Are events in (timestamp, event_id) order? Those of a workspace are, and to look costs far less than to sort."""
-    time, name = pl.col(TIMESTAMP), pl.col("event_id")
-    if not marked[TIMESTAMP].is_sorted():
-        return False
-    equal = marked.lazy().filter((time == time.shift()) | (time == time.shift(-1)))
-    one_after_another = (time != time.shift()) | (name >= name.shift())
-    return bool(equal.select(one_after_another.slice(1).fill_null(False).all()).collect().item())
+def _in_order(events: pl.LazyFrame) -> pl.LazyFrame:
+    """Events in (timestamp, event_id) order. Those of a workspace are, and to look costs far less than to sort."""
+    time, name = pl.col("timestamp"), pl.col("event_id")
+    later = (time > time.shift()) | ((time == time.shift()) & (name >= name.shift()))
+    in_order = events.select(later.slice(1).all()).collect().item()
+    return events if in_order else events.sort("timestamp", "event_id")
 
 
 def _marks(events: pl.LazyFrame, source: Source) -> pl.LazyFrame:
-    """A NaN value is a missing one: Polars tells them apart, features must not."""
-    impression = pl.lit(False) if source.impression is None else pl.col("action") == source.impression
-    value = pl.col("value").cast(pl.Float64).fill_nan(None)
-    frame = events.with_columns(value).select(
-        "event_id",
-        "user_id",
-        "item_id",
+    """Events that any feature counts, with 0/1 columns for what they are, and their ids as categories.
+
+    `value` is that of an event of history which has one (`valued`), else 0. A NaN value is a missing one: Polars tells them
+    apart, features must not.
+    """
+    history, value = source.is_history(), pl.col("value").cast(pl.Float64).fill_nan(None)
+    valued = history & value.is_not_null()
+    marks = {"history": history} | {_task_column(task): task.matches() for task in source.tasks}
+    if source.impression is not None:
+        marks["impressions"] = pl.col("action") == source.impression
+    ids = [pl.col(key).cast(pl.Categorical(pl.Categories.random())) for key in ENTITIES.values()]
+    return events.filter(pl.any_horizontal(marks.values())).select(
+        *ids,
         pl.col("timestamp").alias(TIMESTAMP),
-        "value",
-        source.is_history().cast(pl.Int64).alias("history"),
-        impression.cast(pl.Int64).alias("impressions"),
-        *(task.matches().cast(pl.Int64).alias(_task_column(task)) for task in source.tasks),
+        pl.when(valued).then(value).otherwise(0.0).alias("value"),
+        valued.cast(pl.UInt8).alias("valued"),
+        *(mark.cast(pl.UInt8).alias(name) for name, mark in marks.items()),
     )
-    marks = ["history", "impressions", *(_task_column(task) for task in source.tasks)]
-    return frame.filter(pl.any_horizontal(pl.col(marks) > 0))
 
 
-def _history_events(marked: pl.DataFrame) -> pl.DataFrame:
+def _history_events(events: pl.LazyFrame, source: Source) -> pl.DataFrame:
     """History events sorted by (user_id, timestamp, event_id)."""
-    columns = pl.col("user_id", "item_id", TIMESTAMP, "value")
-    return marked.filter(pl.col("history") > 0).select(columns).sort("user_id", maintain_order=True)
+    value, time = pl.col("value").cast(pl.Float64).fill_nan(None), pl.col("timestamp").alias(TIMESTAMP)
+    history = _in_order(events.filter(source.is_history())).select("user_id", "item_id", time, value)
+    return history.sort("user_id", maintain_order=True).collect()
 
 
 def _task_column(task: Task) -> str:
     return f"task_{task.name}"
 
 
-def _follows_impression(task: Task, source: Source) -> bool:
-    """Is the task's action the answer to an impression (a click), not to a history event (a purchase after the click)?"""
-    return source.impression is not None and task.action in source.history
+def _trials(task: Task, source: Source) -> str:
+    """What a task's rate is of: impressions where the task's action (a click) answers them, else history events."""
+    return "impressions" if source.impression is not None and task.action in source.history else "history"
 
 
 # --- counts, windows and rates -----------------------------------------------------------------------------------------
 
 
-def _stats(
-    marked: pl.DataFrame,
-    entity: str,
-    source: Source,
-    config: AggregateConfig,
-    totals_at: Totals,
-    since: pl.DataFrame | None = None,
+def _line(events: pl.LazyFrame, source: Source, config: AggregateConfig) -> Timeline:
+    """The counted events on the axis of time.
+
+    Events of one instant are in the order of their names only where sums of values depend on it: to read the names costs as much
+    as all the rest.
+    """
+    marked = _marks(events, source).collect()
+    exact = exact_in_any_order(marked["value"].to_numpy())
+    if not (exact and marked[TIMESTAMP].is_sorted()):
+        marked = _marks(_in_order(events), source).collect()
+    return timeline(marked, _counting(source, config), exact)
+
+
+def _stats(line: Timeline, priors: pl.DataFrame, entity: str, source: Source, config: AggregateConfig) -> pl.DataFrame:
+    """The `user_stats` or `item_stats` table."""
+    key, columns = ENTITIES[entity], _stat_columns(entity, source, config)
+    blocks = running_counts(key, _counting(source, config), line, priors)
+    return pl.concat([block.select(key, TIMESTAMP, *columns) for block in blocks])
+
+
+def _stats_since(
+    since: pl.DataFrame, own: pl.LazyFrame, everybody: pl.LazyFrame, entity: str, source: Source, config: AggregateConfig
 ) -> pl.DataFrame:
-    """The `user_stats` or `item_stats` table; with `since` [key, since] only the rows at or after that time."""
-    key = ENTITIES[entity]
-    counting = Counting(tuple(_counted(source)), config.windows, config.until)
-    rows = running_counts(marked, key, counting, totals_at)
-    if since is not None:
-        rows = rows_from(rows, key, since)
-    return rows.select(key, TIMESTAMP, *_stat_columns(entity, source, config))
+    """The table's rows of the keys in `since` [key, since], whose events are `own`, at or after that time."""
+    line = _line(own, source, config)
+    priors = _priors(_totals_at(line.us, everybody, source), source, config.prior_strength)
+    return rows_from(_stats(line, priors, entity, source, config), ENTITIES[entity], since)
+
+
+def _counting(source: Source, config: AggregateConfig) -> Counting:
+    return Counting(tuple(_counted(source)), config.windows, config.until)
 
 
 def _counted(source: Source) -> list[str]:
-    return ["history", "impressions", *(_task_column(task) for task in source.tasks)]
+    impressions = [] if source.impression is None else ["impressions"]
+    return ["history", *impressions, *(_task_column(task) for task in source.tasks)]
 
 
-def _totals_of(marked: pl.DataFrame, source: Source) -> Totals:
-    """Totals at every instant with an event; whatever is asked finds the one at or before it."""
-    counted, time = pl.col(_counted(source)), pl.col(TIMESTAMP)
-    running = marked.lazy().select(time, counted.cum_sum().name.prefix("all_"))
-    totals = running.filter(time.ne_missing(time.shift(-1))).collect()
-    return lambda instants: totals
+def _totals_at(us: NDArray[np.int64], events: pl.LazyFrame, source: Source) -> pl.DataFrame:
+    """Everybody's counts up to each of a few ascending instants, in one pass over all events."""
+    counted, instants = pl.col(_counted(source)), pl.Series(us).cast(TIME)
+    place = pl.col(TIMESTAMP).map_batches(lambda times: instants.search_sorted(times, side="left").cast(pl.Int64), pl.Int64)
+    counts = _marks(events, source).select(place.alias("place"), counted).group_by("place").agg(counted.sum())
+    rows = pl.LazyFrame({"place": np.arange(len(us))}).join(counts, on="place", how="left", maintain_order="left")
+    return rows.select(counted.fill_null(0).cum_sum()).collect()
 
 
-def _totals_in(events: pl.LazyFrame, source: Source) -> Totals:
-    """Totals at a few instants, in one pass over all events."""
-    counted = pl.col(_counted(source))
-
-    def totals(instants: pl.Series) -> pl.DataFrame:
-        asked = instants.unique().sort()
-        place = pl.col(TIMESTAMP).map_batches(lambda times: asked.search_sorted(times, side="left").cast(pl.Int64), pl.Int64)
-        counts = _marks(events, source).select(place.alias("place"), counted).group_by("place").agg(counted.sum())
-        rows = pl.LazyFrame({TIMESTAMP: asked}).with_row_index("place").with_columns(pl.col("place").cast(pl.Int64))
-        filled = rows.join(counts, on="place", how="left").sort("place").with_columns(counted.fill_null(0))
-        return filled.select(TIMESTAMP, counted.cum_sum().name.prefix("all_")).collect()
-
-    return totals
+def _priors(totals: pl.DataFrame, source: Source, strength: float) -> pl.DataFrame:
+    """What each task's rate starts with, from everybody's totals: `strength` times the mean so far, 0 before there is one."""
+    means = {task: pl.col(_task_column(task)) / pl.col(_trials(task, source)) for task in source.tasks}
+    return totals.select(
+        (strength * pl.when(pl.col(_trials(task, source)) > 0).then(mean).otherwise(0.0)).alias(f"prior_{task.name}")
+        for task, mean in means.items()
+    )
 
 
 def _stat_columns(entity: str, source: Source, config: AggregateConfig) -> list[pl.Expr]:
-    """The features of `<entity>_stats`, from the running, window and global totals."""
-    mean = pl.when(pl.col("value_count") > 0).then(pl.col("value_sum") / pl.col("value_count"))
+    """The features of `<entity>_stats`, from the running and window counts and the priors."""
     columns = [
         pl.col("history").alias(f"{entity}_events"),
         *(pl.col(f"window_{window}").alias(f"{entity}_events_{window}d") for window in config.windows),
@@ -253,16 +260,14 @@ def _stat_columns(entity: str, source: Source, config: AggregateConfig) -> list[
     if entity == "item":
         columns.append(pl.col("first_time").alias("item_first_time"))
     columns.append(pl.col("last_time").alias(f"{entity}_last_time"))
+    mean = pl.when(pl.col("valued") > 0).then(pl.col("value_sum") / pl.col("valued"))
     columns.append(mean.alias(f"{entity}_mean_value"))
     return columns
 
 
 def _smoothed_rate(task: Task, source: Source, strength: float) -> pl.Expr:
-    """(positives + strength * global mean) / (trials + strength): the mean of a beta posterior around the global mean then."""
-    trials = "impressions" if _follows_impression(task, source) else "history"
-    hits = _task_column(task)
-    mean = pl.when(pl.col(f"all_{trials}") > 0).then(pl.col(f"all_{hits}") / pl.col(f"all_{trials}")).otherwise(0.0)
-    return (pl.col(hits) + strength * mean) / (pl.col(trials) + strength)
+    """(positives + prior) / (trials + strength): the mean of a beta posterior around the global mean then."""
+    return (pl.col(_task_column(task)) + pl.col(f"prior_{task.name}")) / (pl.col(_trials(task, source)) + strength)
 
 
 # --- attributes --------------------------------------------------------------------------------------------------------

@@ -1,35 +1,37 @@
 """Running counts of users or items: at each instant with an event, and at each midnight at which a day leaves a window.
 
-In: marked events in the order of time, [key, event_timestamp, value, 0/1 columns...]. Out: one row per (key, instant), sorted,
-with what had been counted up to and including that instant, in the last w days, and of everybody. Keys are numbered and times are
-whole microseconds, so a sorted array of (key, time) is one of int64, and everything is a cumulative sum, a merge of sorted arrays
-or a gather. Keys are taken in blocks that fit into the processor's caches.
+In: marked events in the order of time, [user_id, item_id, event_timestamp, value, valued, 0/1 columns...]. Out: frames of whole
+keys, one row per (key, instant), sorted, with what had been counted up to and including that instant and in the last w days.
+Keys are numbered, and a time is its place on one axis of instants: so (key, time) is one int64, what is known of an instant is
+looked up by its place, and everything is a cumulative sum, a merge of sorted arrays or a gather. Arrays as long as all events
+are narrow; what is wide is made for a block of keys at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from feature_repo.views import TIMESTAMP
-from tandem.core.schema import TIME
+from feature_repo.views import ENTITIES, TIMESTAMP
+from tandem.core.schema import MICROSECONDS_PER_DAY as _DAY
+from tandem.core.schema import TIME, to_us
 
 Ints = NDArray[np.int64]
-Totals = Callable[[pl.Series], pl.DataFrame]
-"""Ascending instants -> totals over everybody up to and including each of them, as `all_*` columns, sorted by instant."""
+Numbers = NDArray[Any]
+"""Numbers of any width."""
 
-_DAY: Final = 86_400_000_000
-_BLOCK: Final = 500_000
+_BLOCK: Final = 250_000
 """Events of a block; one key with more is a block of its own."""
 
-_LARGEST: Final = 2**62
 _EXACT: Final = 2**53
+_GRAIN: Final = 1024
+"""Sums of multiples of 1 / _GRAIN are exact while they stay below _EXACT / _GRAIN."""
 
 
 @dataclass(frozen=True)
@@ -41,230 +43,280 @@ class Counting:
     until: datetime | None
 
 
+# --- the axis of time --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class _Events:
-    """Events sorted by (key, time), (E,) each: key's number, µs, place among everybody's totals, marks and running value sums."""
+class Timeline:
+    """Everybody's events (E,) on one axis of instants (T,): those with an event, and midnights at which a day leaves a window.
 
-    key: Ints
-    us: Ints
-    place: Ints
-    marks: dict[str, Ints]
-    value_sum: NDArray[np.float64]
-    value_count: Ints
-
-    def take(self, start: int, end: int) -> _Events:
-        """Events start..end, their keys numbered from 0."""
-        part = slice(start, end)
-        key = self.key[part]
-        marks = {name: column[part] for name, column in self.marks.items()}
-        numbers = np.cumsum(_changes(key)) - 1
-        return _Events(numbers, self.us[part], self.place[part], marks, self.value_sum[part], self.value_count[part])
-
-
-def running_counts(marked: pl.DataFrame, key: str, counting: Counting, totals_at: Totals) -> pl.DataFrame:
-    """[key, event_timestamp, counts..., value_sum, value_count, first_time, last_time, window_<w>..., all_<count>...].
-
-    `marked` is sorted by time. `first_time` and `last_time` are those of history events in µs, null before the first one.
+    `us` (T,) ascends; `day` (T,) is counted from that of the first; `midnight` has the place of each day's first moment where
+    the axis has it; `last_midnight` is the last day that gets a row for its midnight alone. `totals` are everybody's counts so
+    far (T,). Of the events: `place` on the axis, `ids` by column, `marks` of which none equals another (`same`: which of them a
+    name's are), and `value`, whose sums are `exact` or depend on the order.
     """
-    names = marked[key].unique().sort()
-    midnights = _midnights(marked, counting)
-    us = _us(marked[TIMESTAMP])
-    begins = _changes(us)
-    totals = totals_at(pl.Series(_distinct([us[begins], midnights])).cast(TIME))
-    everybody = _us(totals[TIMESTAMP])
-    place = (np.searchsorted(everybody, us[begins], side="right") - 1)[np.cumsum(begins) - 1]
-    events = _events(marked, key, names, counting, place)
-    days = _Days.of(midnights, us, everybody)
-    shared = {name: totals[name].to_numpy() for name in totals.columns if name != TIMESTAMP}
-    parts = [_rows(events.take(*block), events.key[block[0]], counting, days, shared) for block in _blocks(events, days)]
-    none = _rows(events.take(0, 0), 0, counting, days, shared)
-    rows = pl.concat(parts or [none])
-    return rows.with_columns(names.gather(rows["number"]).alias(key)).drop("number")
+
+    us: Ints
+    day: Ints
+    midnight: Ints
+    last_midnight: int
+    totals: pl.DataFrame
+    place: NDArray[np.int32]
+    ids: dict[str, pl.Series]
+    marks: dict[str, NDArray[np.uint8]]
+    same: dict[str, str]
+    value: NDArray[np.float64]
+    exact: bool
+
+    @property
+    def days(self) -> int:
+        return len(self.midnight)
 
 
-def _us(times: pl.Series) -> Ints:
-    return times.to_physical().to_numpy()
+def timeline(marked: pl.DataFrame, counting: Counting, exact: bool) -> Timeline:
+    """The axis of marked events, and the events on it; `exact` as `exact_in_any_order` has it."""
+    us = marked[TIMESTAMP].to_physical().to_numpy()
+    marks = {name: marked[name].to_numpy() for name in (*counting.names, "valued")}
+    same = _same(marks)
+    ends = _ends(us)
+    begins, instants = np.append(0, ends[:-1] + 1)[: len(ends)], us[ends]
+    found = {name: np.add.reduceat(marks[name], begins, dtype=np.int64) for name in set(same.values())}
+    midnights = _midnights(instants[found["history"] > 0], counting)
+    axis = _distinct([instants, midnights])
+    known = np.searchsorted(instants, axis, side="right")
+    day = axis // _DAY
+    first, last = (int(day[0]), int(day[-1])) if len(day) else (0, 0)
+    return Timeline(
+        us=axis,
+        day=day - first,
+        midnight=np.searchsorted(axis, np.arange(first, last + 1) * _DAY),
+        last_midnight=int(midnights[-1]) // _DAY - first if len(midnights) else -1,
+        totals=pl.DataFrame({name: np.append(0, np.cumsum(found[same[name]]))[known] for name in counting.names}),
+        place=np.repeat(np.searchsorted(axis, instants).astype(np.int32), np.diff(ends, prepend=-1)),
+        ids={key: marked[key] for key in ENTITIES.values()},
+        marks={name: marks[name] for name in set(same.values())},
+        same=same,
+        value=marked["value"].to_numpy(),
+        exact=exact,
+    )
+
+
+def exact_in_any_order(values: NDArray[np.float64]) -> bool:
+    """Are sums of these values the same in whatever order they are added? Those of quantities, and of ratings by halves, are."""
+    largest = 0.0
+    for start in range(0, len(values), _BLOCK):
+        grains = values[start : start + _BLOCK] * _GRAIN
+        if not (np.rint(grains) == grains).all():
+            return False
+        largest = max(largest, grains.max(), -grains.min())
+    return bool(largest * len(values) < _EXACT)
+
+
+def _same(columns: dict[str, NDArray[np.uint8]]) -> dict[str, str]:
+    """For each column the first with the same values: where history is what was bought, the two are counted once."""
+    same: dict[str, str] = {}
+    for name, column in columns.items():
+        same[name] = next((other for other in same.values() if np.array_equal(columns[other], column)), name)
+    return same
+
+
+def _midnights(instants: Ints, counting: Counting) -> Ints:
+    """Every midnight (µs) at which somebody's day of history, with one of these instants, leaves a window."""
+    days = _distinct([instants // _DAY])
+    found = _distinct([days + window for window in counting.windows]) * _DAY
+    return found if counting.until is None else found[found <= to_us(counting.until)]
 
 
 def _distinct(ascending: Sequence[Ints]) -> Ints:
     """What ascending arrays hold, each once, ascending: merging runs is several times faster than numpy's `unique`."""
     merged = np.sort(np.concatenate(ascending), kind="stable")
-    found: Ints = merged[_changes(merged)]
-    return found
+    return merged[_ends(merged)]
 
 
-def _changes(values: Ints) -> NDArray[np.bool_]:
-    """Where a value differs from the one before it; the first does."""
-    return np.append(np.ones(min(1, len(values)), bool), values[1:] != values[:-1])
+def _ends(values: Numbers) -> Ints:
+    """Places of values that differ from the one after them; the last does."""
+    return np.flatnonzero(_differs(values))
 
 
-def _midnights(marked: pl.DataFrame, counting: Counting) -> Ints:
-    """Every midnight (µs) at which somebody's day of history leaves a window."""
-    days = marked.lazy().filter(pl.col("history") > 0).select(pl.col(TIMESTAMP).dt.epoch("us").floordiv(_DAY).unique()).collect()
-    ends = [days.to_series().to_numpy() + window for window in counting.windows]
-    found = _distinct(ends) * _DAY
-    return found if counting.until is None else found[found <= int(counting.until.timestamp() * 1_000_000)]
+def _differs(values: Numbers) -> NDArray[np.bool_]:
+    differs = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=differs[:-1])
+    return differs
 
 
-def _events(marked: pl.DataFrame, key: str, names: pl.Series, counting: Counting, place: Ints) -> _Events:
-    """The events by key, each with the running sum of its key's values."""
-    number = marked[key].cast(pl.Enum(names)).to_physical().cast(pl.UInt32).to_numpy()
+# --- events by key -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Events:
+    """Events sorted by (key, time), (E,) each: key's number, place on the axis, marks and value."""
+
+    key: Numbers
+    place: NDArray[np.int32]
+    marks: dict[str, NDArray[np.uint8]]
+    value: NDArray[np.float64]
+
+    def take(self, start: int, end: int) -> _Events:
+        part = slice(start, end)
+        marks = {name: column[part] for name, column in self.marks.items()}
+        return _Events(self.key[part], self.place[part], marks, self.value[part])
+
+
+def running_counts(key: str, counting: Counting, line: Timeline, known: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Blocks of [key, event_timestamp, counts..., valued, value_sum, first_time, last_time, window_<w>..., known...], at least
+    one.
+
+    `known` (T,) is what else is known of each instant. `first_time` and `last_time` are those of history events in µs, null
+    before the first one.
+    """
+    names, number = _numbered(line.ids[key])
     order = _stable_order(number)
-    valued = marked.select(pl.when(pl.col("history") > 0).then(pl.col("value")).alias("value"))["value"]
-    marks = {name: marked[name].cast(pl.UInt8).to_numpy()[order] for name in counting.names}
-    sorted_key = number[order].astype(np.int64)
-    return _Events(
-        sorted_key,
-        _us(marked[TIMESTAMP])[order],
-        place[order],
-        marks,
-        _value_sums(valued.fill_null(0.0).to_numpy()[order], sorted_key),
-        valued.is_not_null().cast(pl.UInt8).to_numpy()[order],
-    )
+    marks = {name: column[order] for name, column in line.marks.items()}
+    events = _Events(number[order], line.place[order], marks, line.value[order])
+    for start, end in _blocks(events.key, len(names)):
+        yield _rows(events.take(start, end), names, counting, line, known)
 
 
-def _stable_order(number: NDArray[np.uint32]) -> Ints:
+def _numbered(ids: pl.Series) -> tuple[pl.Series, Numbers]:
+    """The ids there are, sorted, and for each event (E,) the place of its id among them."""
+    code = ids.to_physical().to_numpy()
+    somewhere = np.full(int(code.max(initial=0)) + 1, -1, np.int32)
+    somewhere[code] = np.arange(len(code), dtype=np.int32)
+    names = ids.gather(somewhere[somewhere >= 0]).cast(pl.String)
+    order = names.arg_sort()
+    width = np.uint16 if len(names) <= 1 << 16 else np.uint32
+    place = np.zeros(len(somewhere), width)
+    place[np.flatnonzero(somewhere >= 0)[order.to_numpy()]] = np.arange(len(names), dtype=width)
+    return names.gather(order), place[code]
+
+
+def _stable_order(number: Numbers) -> Ints:
     """What sorts the numbers and keeps equal ones in their order: 16 bits at a time, for which numpy has a radix sort."""
-    order = np.argsort((number & 0xFFFF).astype(np.uint16), kind="stable")
-    if len(number) and number.max() > 0xFFFF:
+    order = np.argsort(number.astype(np.uint16, copy=False), kind="stable")
+    if number.dtype == np.uint32:
         order = order[np.argsort((number >> 16).astype(np.uint16)[order], kind="stable")]
     return order
 
 
-def _value_sums(values: NDArray[np.float64], key: Ints) -> NDArray[np.float64]:
-    """Running sums within each key. Whole numbers, such as ratings and quantities, are exact as differences of one sum; others
-    would lose digits that way, and a key's sums must not depend on what other keys there are.
-    """
-    if not (np.rint(values) == values).all() or np.abs(values).sum() >= _EXACT:
-        return pl.DataFrame({"key": key, "value": values}).select(pl.col("value").cum_sum().over("key")).to_series().to_numpy()
-    starts = _changes(key)
-    running = np.cumsum(values)
-    before = (running - values)[starts]
-    found: NDArray[np.float64] = running - before[np.cumsum(starts) - 1]
-    return found
-
-
-@dataclass(frozen=True)
-class _Days:
-    """The days there are: the first, how many, the last midnight that gets a row, and each midnight's place among the totals."""
-
-    first: int
-    count: int
-    last: int
-    place: Ints
-
-    @classmethod
-    def of(cls, midnights: Ints, us: Ints, everybody: Ints) -> _Days:
-        edges = [each // _DAY for each in (midnights, us) if len(each)]
-        first = int(min(each.min() for each in edges)) if edges else 0
-        last = int(max(each.max() for each in edges)) if edges else 0
-        place = np.searchsorted(everybody, np.arange(first, last + 1) * _DAY, side="right") - 1
-        return cls(first, last - first + 1, int(midnights[-1]) // _DAY if len(midnights) else first - 1, place)
-
-
-def _blocks(events: _Events, days: _Days) -> Iterator[tuple[int, int]]:
-    """(start, end) of whole keys, of about `_BLOCK` events and so few keys that (key, time) fits into one number."""
-    borders = np.append(np.flatnonzero(_changes(events.key)), len(events.key))
-    most = max(1, _LARGEST // (days.count * _DAY))
+def _blocks(key: Numbers, keys: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of whole keys, of about `_BLOCK` events; (0, 0) when there are no events."""
+    borders = np.append(np.searchsorted(key, np.arange(keys, dtype=key.dtype)), len(key))
     at = 0
-    while at < len(borders) - 1:
+    while at == 0 or at < keys:
         end = int(np.searchsorted(borders, borders[at] + _BLOCK, side="right")) - 1
-        end = min(max(end, at + 1), at + most)
-        yield int(borders[at]), int(borders[end])
+        end = max(end, at + 1)
+        yield int(borders[at]), int(borders[min(end, keys)])
         at = end
 
 
-def _rows(events: _Events, number: int, counting: Counting, days: _Days, shared: dict[str, NDArray[np.int64]]) -> pl.DataFrame:
-    """The rows of a block of keys, of which the first has this number."""
-    starts, last = np.flatnonzero(_changes(events.key)), _last_of_instant(events)
-    key, us = events.key[last], events.us[last]
-    sums = {name: _since_start(column, starts, key, last) for name, column in events.marks.items()}
-    history = _History.of(key, us, sums["history"], days)
-    place, midnight_us = _midnight_rows(history, key, us, counting, days)
+# --- the rows of a block -----------------------------------------------------------------------------------------------
 
-    def with_midnights(at_events: NDArray[np.int64], at_midnights: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.insert(at_events, place, at_midnights)
 
-    at = with_midnights(np.arange(len(us)), place - 1)  # a midnight's key has had events before it
-    row_key, row_us = key[at], with_midnights(us, midnight_us)
-    counts = {name: column[at] for name, column in sums.items()}
-    among = with_midnights(events.place[last], days.place[midnight_us // _DAY - days.first])
+def _rows(events: _Events, names: pl.Series, counting: Counting, line: Timeline, known: pl.DataFrame) -> pl.DataFrame:
+    """The rows of a block of keys."""
+    last = np.flatnonzero(_differs(events.key) | _differs(events.place))
+    number, place = events.key[last], events.place[last].astype(np.int64)
+    ends = _ends(number)
+    key = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))
+    running = {name: np.cumsum(column, dtype=np.int64)[last] for name, column in events.marks.items()}
+    history = _History.of(running["history"], key, place, ends, line)
+    at, midnight, midnight_key_day = _with_midnights(history, key, place, counting, line)
+
+    def at_rows(at_events: Numbers, at_midnights: Numbers) -> Numbers:
+        rows = at_events[at]
+        rows[midnight] = at_midnights
+        return rows
+
+    row_place = at_rows(place, line.midnight[midnight_key_day % line.days])
+    counts = {name: _of_key(column, key, ends)[at] for name, column in running.items()}
     columns = {
-        "number": row_key + number,
-        TIMESTAMP: row_us,
-        **counts,
-        "value_sum": events.value_sum[last][at],
-        "value_count": _since_start(events.value_count, starts, key, last)[at],
-        "first_time": history.first_us[row_key],
-        "last_time": history.last_us[at],
-        **history.windows(row_key, row_us, counts["history"], counting.windows, days),
-        **{name: column[among] for name, column in shared.items()},
+        TIMESTAMP: line.us[row_place],
+        **{name: counts[same] for name, same in line.same.items()},
+        "value_sum": _value_sums(events, line.exact, last, key, ends)[at],
+        "first_time": _begun(history.first_us[key[at]], counts["history"]),
+        "last_time": _begun(history.last_us[at], counts["history"]),
+        **history.windows(at_rows(history.key_day, midnight_key_day), counts["history"], counting.windows, line),
+        **{name: known[name].to_numpy()[row_place] for name in known.columns},
     }
-    begun = [pl.when(pl.col("history") > 0).then(pl.col(name)).alias(name) for name in ("first_time", "last_time")]
-    return pl.DataFrame(columns).with_columns(pl.col(TIMESTAMP).cast(TIME), *begun)
+    return pl.DataFrame({names.name: names.gather(number[at]), **columns}).with_columns(pl.col(TIMESTAMP).cast(TIME))
 
 
-def _last_of_instant(events: _Events) -> Ints:
-    differs = (events.key[1:] != events.key[:-1]) | (events.us[1:] != events.us[:-1])
-    return np.flatnonzero(np.append(differs, np.ones(min(1, len(events.us)), bool)))
+def _begun(times: Ints, history: Ints) -> pl.Series:
+    """The times, null where there is no history yet."""
+    return pl.Series(times) if history.all() else pl.Series(times).set(pl.Series(history == 0), None)
 
 
-def _since_start(column: Ints, starts: Ints, key: Ints, at: Ints) -> Ints:
-    """Running sums within each key, at the events `at`, which are of these keys; keys start at the events `starts`."""
-    running = np.cumsum(column, dtype=np.int64)
-    before = running[starts] - column[starts]
-    found: Ints = running[at] - before[key]
+def _of_key(running: Numbers, key: Ints, ends: Ints) -> Numbers:
+    """Running sums (I,) of a block less what keys before had; each of the keys has its last instant at one of `ends`."""
+    found: Numbers = running - np.append(0, running[ends[:-1]])[key]
     return found
+
+
+def _value_sums(events: _Events, exact: bool, last: Ints, key: Ints, ends: Ints) -> NDArray[np.float64]:
+    """Running sums of values within each key, at the events `last`. Those of fractions would lose digits as differences of one
+    sum, and a key's sums must not depend on what other keys there are.
+    """
+    if exact:
+        return _of_key(np.cumsum(events.value)[last], key, ends)
+    frame = pl.DataFrame({"key": events.key, "value": events.value})
+    return frame.select(pl.col("value").cum_sum().over("key")).to_series().to_numpy()[last]
 
 
 @dataclass(frozen=True)
 class _History:
-    """History of a block's instants (I,): `day` (D,), numbers of (key, day) with some, ascending; `total` (D,) up to its end.
+    """History of a block's instants (I,), whose `key_day` is a number of (key, day).
 
-    `first_us` (K,) is the time of each key's first event, `last_us` (I,) that of the last one so far; anything where none is.
+    `day` (D,) are the numbers of days with some, ascending; `up_to` (D + 1,) what the block has before each and in all, of
+    which `before` (K,) are those of earlier keys. `first_us` (K,) is the time of each key's first event, `last_us` (I,) that of
+    the last one so far; anything where none is.
     """
 
+    key_day: Ints
     day: Ints
-    total: Ints
+    up_to: Ints
+    before: Ints
     first_us: Ints
     last_us: Ints
 
     @classmethod
-    def of(cls, key: Ints, us: Ints, total: Ints, days: _Days) -> _History:
-        begins = _changes(key)
-        grows = total > np.where(begins, 0, np.roll(total, 1))
+    def of(cls, running: Ints, key: Ints, place: Ints, ends: Ints, line: Timeline) -> _History:
+        key_day = key * line.days + line.day[place]
+        grows = np.diff(running, prepend=0) > 0
         at = np.flatnonzero(grows)
-        number = key[at] * days.count + us[at] // _DAY - days.first
-        ends = np.flatnonzero(np.append(number[1:] != number[:-1], np.ones(min(1, len(at)), bool)))
-        first_us = np.zeros(begins.sum(), np.int64)
-        first_us[key[at][::-1]] = us[at][::-1]
-        newest = np.maximum.accumulate(np.where(grows, np.arange(len(us)), 0))
-        return cls(number[ends], total[at[ends]], first_us, us[newest])
+        us, owner, day = line.us[place[at]], key[at], key_day[at]
+        day_ends = _ends(day)
+        before = np.append(0, running[ends[:-1]])[: len(ends)]
+        first_us = np.zeros(len(ends), np.int64)
+        first_us[owner[::-1]] = us[::-1]
+        up_to = np.append(0, running[at[day_ends]])
+        return cls(key_day, day[day_ends], up_to, before, first_us, np.append(0, us)[np.cumsum(grows)])
 
-    def windows(self, key: Ints, us: Ints, total: Ints, windows: Sequence[int], days: _Days) -> dict[str, Ints]:
+    def windows(self, key_day: Ints, total: Ints, windows: Sequence[int], line: Timeline) -> dict[str, Ints]:
         """`window_<w>` of rows sorted by (key, time): the total less that of the days before the window."""
-        number = key * days.count + us // _DAY - days.first
-        changes = _changes(number)
-        day, row_day = number[changes], np.cumsum(changes) - 1
-        first = day - day % days.count
+        ends = _ends(key_day)
+        day, row_day = key_day[ends], np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))
+        owner = day // line.days
         found = {}
         for window in windows:
-            before = np.searchsorted(self.day, np.maximum(day - (window - 1), first)) - 1
-            known = (before >= 0) & (self.day[before] >= first) if len(self.day) else np.zeros(len(day), bool)
-            earlier = np.where(known, self.total[before], 0) if len(self.day) else np.zeros(len(day), np.int64)
+            first = np.maximum(day - (window - 1), owner * line.days)
+            earlier = self.up_to[np.searchsorted(self.day, first)] - self.before[owner]
             found[f"window_{window}"] = total - earlier[row_day]
         return found
 
 
-def _midnight_rows(history: _History, key: Ints, us: Ints, counting: Counting, days: _Days) -> tuple[Ints, Ints]:
-    """Midnights without an event of their key: (place among the instants `us`, µs), ascending by key and time."""
-    owner, day = np.divmod(history.day, days.count)
-    ends = [(owner[kept], day[kept] + window) for window in counting.windows for kept in [day + window <= days.last - days.first]]
-    span = days.count * _DAY
-    numbers = _distinct([owners * days.count + end for owners, end in ends])
-    midnight_key, midnight_day = np.divmod(numbers, days.count)
-    midnights = midnight_key * span + midnight_day * _DAY
-    instants = key * span + (us - days.first * _DAY)
-    place = np.searchsorted(instants, midnights)
-    new = np.append(instants, -1)[place] != midnights
-    return place[new], (midnight_day[new] + days.first) * _DAY
+def _with_midnights(history: _History, key: Ints, place: Ints, counting: Counting, line: Timeline) -> tuple[Ints, Ints, Ints]:
+    """The rows (R,) of instants (I,) and of midnights at which their key has no event: each row's newest instant so far, which
+    rows are midnights, and the number of their (key, day).
+    """
+    day = history.day % line.days
+    ends = _distinct([history.day[kept] + window for window in counting.windows for kept in [day + window <= line.last_midnight]])
+    owner, day = np.divmod(ends, line.days)
+    instants, midnights = key * len(line.us) + place, owner * len(line.us) + line.midnight[day]
+    after = np.searchsorted(instants, midnights)
+    new = np.append(instants, -1)[after] != midnights
+    rows = after[new] + np.arange(np.count_nonzero(new))
+    is_event = np.ones(len(key) + len(rows), bool)
+    is_event[rows] = False
+    at = np.cumsum(is_event)
+    at -= 1
+    return at, rows, ends[new]

@@ -36,7 +36,7 @@ ENGINE: Final = {"type": "feature_repo.engine.PolarsComputeEngine"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["join", "materialize", "read"])
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--copies", type=int, default=5, help="of online-retail, for aggregates; pandas needs some GB per five")
