@@ -19,7 +19,7 @@ TO_RUN := $(VENV)/.installed-$(EXTRA)
 TO_TEST := $(VENV)/.installed-$(EXTRA)-dev
 ALL_TESTS := --numprocesses 2 --dist loadfile
 
-.PHONY: demo test coverage lint accept accept-registry accept-retrieval bench bench-features bench-retrieval bench-quality clean
+.PHONY: demo test coverage lint accept accept-features accept-registry accept-retrieval bench bench-features bench-retrieval bench-quality clean
 
 demo: $(TO_RUN)
 	$(BIN)/tandem --workspace "$(WORKSPACE)" demo $(if $(KIND),--kind $(KIND),--size $(SIZE)) $(if $(DATA),--data "$(DATA)")
@@ -38,6 +38,9 @@ lint: $(TO_TEST)
 
 accept: $(TO_TEST)
 	$(BIN)/python tests/benchmarks/accept.py
+
+accept-features: $(TO_TEST)  # each real data set: built, checked, and refused when it leaks; killed, and told when busy
+	$(BIN)/python tests/benchmarks/accept_features.py
 
 accept-retrieval: $(TO_TEST)  # a million items, built, searched and changed at once: ten minutes, 4 GiB
 	$(BIN)/python -P tests/benchmarks/accept_retrieval.py
