@@ -34,6 +34,7 @@ from tandem.core.metrics import ndcg_at_k
 
 Log = Callable[[dict[str, float]], None]
 _SMALL: Final = 5_000
+_ONE_SIDED_95: Final = 1.645
 
 
 def train_ranker(training: Examples, validation: Examples, config: RankerConfig, log: Log) -> Ranker:
@@ -222,13 +223,13 @@ def _constant_losses(labels: Floats, weight: Floats, groups: Groups) -> Floats:
 
 
 def clearly_better(values: NDArray[np.float64], base: NDArray[np.float64]) -> bool:
-    """Is the mean paired gain over requests (R,) above its own standard error?
+    """Is the mean paired gain over requests (R,) above zero beyond the one-sided 95% bound of the normal distribution?
 
-    The one-standard-error rule (Breiman et al. 1984, "Classification and Regression Trees", 3.4.3): on a few dozen users the best
-    of many rounds is above the base by luck alone, and an order that is only luckier should not replace a simpler one.
+    On a few dozen users the best of many rounds is above the base by luck alone, and an order that is only luckier should not
+    replace a simpler one.
     """
     gain = values - base
-    return len(gain) > 1 and float(gain.mean()) > float(gain.std(ddof=1)) / math.sqrt(len(gain))
+    return len(gain) > 1 and float(gain.mean()) > _ONE_SIDED_95 * float(gain.std(ddof=1)) / math.sqrt(len(gain))
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -69,6 +69,17 @@ def pad_left(histories: Sequence[np.ndarray], length: int) -> np.ndarray:
     return padded
 
 
+def seen_columns(histories: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """(B, C) bool: the candidates (C,), ascending, that stand in the row's history (B, H)."""
+    hidden = np.zeros((len(histories), len(candidates)), bool)
+    rows, steps = np.nonzero(histories >= 0)
+    seen = histories[rows, steps]
+    columns = np.minimum(np.searchsorted(candidates, seen), len(candidates) - 1)
+    found = candidates[columns] == seen
+    hidden[rows[found], columns[found]] = True
+    return hidden
+
+
 def epoch(
     sequences: Sequence[np.ndarray],
     cuts: Sequence[np.ndarray],

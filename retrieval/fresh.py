@@ -117,7 +117,7 @@ def card_of(row: dict[str, Any]) -> Card:
 def _empty_columns(stock: Stock) -> dict[str, NDArray[Any]]:
     columns = stock.columns
     empty: dict[str, NDArray[Any]] = {
-        INNER: np.empty((0, stock.towers.shape.linear), np.float32),
+        INNER: np.empty((0, stock.towers.inner_vectors.shape[1]), np.float32),
         CARD: np.empty(0, object),
         AVAILABLE: np.empty(0, np.int64),
         CODES: np.empty((0, MAX_CATEGORIES), np.int32),

@@ -33,6 +33,7 @@ from retrieval.sources import (
     LinearSource,
     RankedSource,
     TowerSource,
+    category_source,
     covisit_source,
     new_source,
     popular_source,
@@ -112,6 +113,11 @@ class Retriever:
     @cached_property
     def _covisit(self) -> LinearSource:
         return covisit_source(self.covisit)
+
+    @cached_property
+    def _category(self) -> LinearSource:
+        columns = self.listing.stock.columns
+        return category_source(columns.rows, columns.codes, self.counts)
 
     def put(self, cards: Sequence[Card], text: NDArray[np.float32]) -> None:
         """List new items, or list known ones as they are now, with their text vectors (n, T): from the next question on.
@@ -227,7 +233,8 @@ class Retriever:
 
     def _sources(self, listing: Listing, now_us: int) -> list[CandidateSource]:
         """All but popular, over every dense id of the listing."""
-        sources: list[CandidateSource] = [TowerSource(listing.index), replace(self._covisit, items=listing.count)]
+        linear = [self._covisit, self._category] if len(listing.stock.columns.codes) else [self._covisit]
+        sources: list[CandidateSource] = [TowerSource(listing.index), *(replace(each, items=listing.count) for each in linear)]
         if not self.exclude_seen:
             sources.append(HistorySource(listing.count))
         available = listing.available

@@ -23,6 +23,7 @@ from retrieval.topk import best
 from tandem.core.schema import MICROSECONDS_PER_DAY
 
 POPULAR: Final = "popular"
+_MOST_KEPT: Final = 20_000_000
 _BLOCK_ROWS: Final = 1_024
 _SUM_CELLS: Final = 1_000_000
 
@@ -165,13 +166,14 @@ def new_source(available_us: Ids, now_us: int, days: float) -> RankedSource:
     return RankedSource("new", young[order], -age[order].astype(np.float32), len(available_us))
 
 
-def category_source(categories: Ids, counts: Floats, keep: int = 100, last: int = 50) -> LinearSource:
-    """The `keep` most popular items that share categories with the history's. `categories` (N, C) int64 codes padded with -1."""
-    items, width = categories.shape
-    rows, codes = np.repeat(np.arange(items), width), categories.ravel()
-    known = codes >= 0
-    cells = (np.ones(int(known.sum()), np.float32), (rows[known], codes[known]))
-    member = sparse.csr_matrix(cells, shape=(items, int(codes.max(initial=-1)) + 1))
+def category_source(rows: Ids, codes: Ids, counts: Floats, keep: int = 100, last: int = 50) -> LinearSource:
+    """The `keep` most popular items that share categories with the history's: item `rows` (M,) have the categories `codes` (M,).
+
+    A large catalogue keeps fewer, so that the table stays below 160 MB.
+    """
+    items = len(counts)
+    keep = max(1, min(keep, _MOST_KEPT // max(items, 1)))
+    member = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, codes)), shape=(items, int(codes.max(initial=-1)) + 1))
     related = (member @ _best_of_category(member, counts, keep)).tocsr()
     return LinearSource("category", *_padded_rows(related, keep), last)
 

@@ -1,9 +1,10 @@
 """The two towers: items and users as vectors of one space, whose inner product is the score (higher is better).
 
-An item's vector has three blocks: taste (text and attributes through a linear map, plus an id vector that a new item
-lacks; beside it the vector of the sequence tower, where validation kept one), one popularity coordinate, and a compressed text
-block. A query fills the same three: a person the first two, a sentence the third, a mix all of them. So one index answers a
-person, a sentence, a session or any mix.
+An item's vector has three blocks: taste (text and attributes through a linear map, plus an id vector; beside it the vector of the
+sequence tower, where validation kept one), one popularity coordinate, and a compressed text block. Of an item that nobody has
+touched, `cold_start.py` says taste and popularity. A query fills the same three: a person the first two, and the third with what
+their history's texts speak of; a sentence the third; a mix all of them. So one index answers a person, a sentence, a session or
+any mix.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from retrieval.cold_start import ColdStart
 from retrieval.sequence import SequenceTower
 from tandem.core.errors import IncompatibleError, InputError
 from tandem.core.folders import content_hash, file_hash, read_json, write_json
@@ -71,13 +73,9 @@ class ItemTower(nn.Module):
         """All taste vectors (N, D)."""
         return torch.add(self.id, base)
 
-    def rows(self, base: torch.Tensor, items: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """The taste vectors (R, D) of some items only; their gradient is sparse, so that a step costs no more than they do.
-
-        `keep` (R,) in {0, 1} drops id vectors, so that those items are seen by their content alone, as new ones are.
-        """
-        identity = functional.embedding(items, self.id, sparse=True)
-        return base[items] + (identity if keep is None else identity * keep[:, None])
+    def rows(self, base: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """The taste vectors (R, D) of some items only; their gradient is sparse, so that a step costs no more than they do."""
+        return base[items] + functional.embedding(items, self.id, sparse=True)
 
 
 class UserTower(nn.Module):
@@ -98,13 +96,17 @@ class UserTower(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """What is trained: a user tower over `inner` item vectors, scored against `outer` ones; a sequence tower beside it."""
+    """What is trained: a user tower over `inner` item vectors, scored against `outer` ones; a sequence tower beside it.
+
+    `profile`: how loud the texts of a history speak in its query.
+    """
 
     def __init__(self, shape: TowerShape) -> None:
         super().__init__()
         self.inner = ItemTower(shape.items, shape.content, shape.linear)
         self.outer = ItemTower(shape.items, shape.content, shape.linear)
         self.popularity = nn.Parameter(torch.zeros(shape.items))
+        self.profile = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.user = UserTower(shape.history)
         self.sequence: SequenceTower | None = None
         if shape.width:
@@ -116,18 +118,21 @@ class TwoTowers(nn.Module):
         return 0.0 if self.sequence is None else float(self.sequence.weight)
 
     def taste(self, histories: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-        """Histories (B, H) int64 padded with -1 -> (B, linear), looking items up in `inner` (N, linear)."""
+        """Histories (B, H) int64 padded with -1 -> (B, W), looking items up in `inner` (N, W)."""
         return self.user(inner, histories.clamp(min=0), histories >= 0)  # type: ignore[no-any-return]
 
-    def whole_taste(self, histories: torch.Tensor, inner: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, D): the pooled taste, and beside it what the sequence tower expects next.
+    def whole_taste(
+        self, histories: torch.Tensor, inner: torch.Tensor, places: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, D): the pooled taste, and beside it what the sequence tower expects next; and (B, S): the pooled text blocks.
 
-        `places` (B, H): rows of `inner`, where these are not the histories themselves.
+        `inner` (R, linear + S): taste and text block. `places` (B, H): rows of `inner`, where these are not the histories.
         """
-        parts = [self.taste(histories if places is None else places, inner)]
+        pooled = self.taste(histories if places is None else places, inner)
+        taste, profile = pooled[:, : self.inner.id.shape[1]], pooled[:, self.inner.id.shape[1] :] * self.profile
         if self.sequence is not None:
-            parts.append(self.sequence.last(histories))
-        return torch.cat(parts, dim=1)
+            taste = torch.cat([taste, self.sequence.last(histories)], dim=1)
+        return taste, profile
 
     def whole_items(self, outer: torch.Tensor) -> torch.Tensor:
         """(N, D): what `whole_taste` is multiplied with; `outer` (N, linear)."""
@@ -167,18 +172,26 @@ class Towers:
         content: np.ndarray,
         text: np.ndarray,
         block: TextBlock,
+        cold: ColdStart,
         facts: dict[str, object],
     ) -> None:
         self.shape, self.facts = shape, facts
         self._network = network.eval()
-        self._block = block
+        self._block, self._cold = block, cold
         with torch.inference_mode():
             inputs = torch.from_numpy(content)
-            self._inner = network.inner(network.inner.base(inputs))
+            inner = network.inner(network.inner.base(inputs)).numpy()
             outer = network.whole_items(network.outer(network.outer.base(inputs))).numpy()
-        self.item_vectors: np.ndarray = self._assemble(outer, network.popularity.detach().numpy(), block(text))
+        taste = np.concatenate([outer, network.popularity.detach().numpy()[:, None]], axis=1)
+        words = block(text)
+        self.item_vectors: np.ndarray = _beside(cold.instead(taste, content, cold.touched), words)
+        self._inner = torch.from_numpy(_beside(inner, words))
         self._content = content
         self._text = text
+
+    def with_cold_start(self, cold: ColdStart) -> Towers:
+        """The same towers with another word for items that nobody has touched."""
+        return Towers(self.shape, self._network, self._content, self._text, self._block, cold, self.facts)
 
     def text_of(self, rows: np.ndarray) -> np.ndarray:
         """Text vectors (n, T) of items by dense id, as the encoder gave them."""
@@ -186,11 +199,11 @@ class Towers:
 
     @property
     def inner_vectors(self) -> np.ndarray:
-        """(N, linear) float32: what stands for each item in a history that is pooled."""
+        """(N, linear + S) float32: what stands for each item in a history that is pooled: taste and text block."""
         return np.asarray(self._inner.numpy())
 
     def items(self, content: np.ndarray, text: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Item vectors (n, Q) and inner vectors (n, linear) of items put now: contents (n, C), text vectors (n, T).
+        """Item vectors (n, Q) and inner vectors (n, linear + S) of items put now: contents (n, C), text vectors (n, T).
 
         `rows` (n,) int64: the dense id of an item that was trained on, which keeps what was learned of it beside its content; -1
         for a new one. InputError for contents or texts of another width.
@@ -200,15 +213,18 @@ class Towers:
                 f"items have contents of {content.shape[1:]} and texts of {text.shape[1:]} numbers, these towers read "
                 f"{self.shape.content} and {self.shape.text}; use the release's own encoder"
             )
-        known, places = torch.from_numpy(rows >= 0)[:, None], torch.from_numpy(np.maximum(rows, 0))
+        places = np.maximum(rows, 0)
+        touched = (rows >= 0) & self._cold.touched[places]
+        known, at = torch.from_numpy(rows >= 0)[:, None], torch.from_numpy(places)
         with torch.inference_mode():
             inputs = torch.from_numpy(content)
             network = self._network
-            inner, outer = (tower.base(inputs) + tower.id[places] * known for tower in (network.inner, network.outer))
-            popularity = (network.popularity[places] * known[:, 0]).numpy()
+            inner, outer = (tower.base(inputs) + tower.id[at] * known for tower in (network.inner, network.outer))
             if network.sequence is not None:
-                outer = torch.cat([outer, network.sequence.items[places] * network.sequence.weight * known], dim=1)
-        return self._assemble(outer.numpy(), popularity, self._block(text)), np.ascontiguousarray(inner.numpy())
+                outer = torch.cat([outer, network.sequence.items[at] * network.sequence.weight], dim=1)
+            taste = torch.cat([outer, network.popularity[at][:, None]], dim=1).numpy()
+        words = self._block(text)
+        return _beside(self._cold.instead(taste, content, touched), words), _beside(inner.numpy(), words)
 
     @property
     def spread(self) -> float:
@@ -229,7 +245,7 @@ class Towers:
     ) -> np.ndarray:
         """Query vectors (B, Q) float32 for histories (B, H) int64 padded with -1 and optional text vectors (B, T).
 
-        With `put`, histories may hold items that were put since, ids N and above: (rows (B, H), inner vectors (M, linear))
+        With `put`, histories may hold items that were put since, ids N and above: (rows (B, H), inner vectors (M, linear + S))
         that they are pooled by; the sequence tower passes over items that it was not trained on. A row of `sentences` that is all
         zero means no sentence. Without a history the sentence speaks alone, and without either the query is popularity.
         """
@@ -240,15 +256,14 @@ class Towers:
             table, known = torch.from_numpy(put[1]), self._known(histories)
             places = torch.from_numpy(self._fit(put[0], len(put[1])))
         with torch.inference_mode():
-            taste = self._network.whole_taste(known, table, places).numpy()
-        words = np.zeros((len(histories), self.shape.text_block), np.float32)
+            taste, words = (part.numpy().copy() for part in self._network.whole_taste(known, table, places))
         popular = np.ones(len(histories), np.float32)
         if sentences is not None:
             spoken = np.abs(sentences).sum(1) > 0
             if spoken.any():
-                words[spoken] = self._block(sentences[spoken]) * (sentence_weight * self.spread)
+                words[spoken] += self._block(sentences[spoken]) * (sentence_weight * self.spread)
             popular[spoken & (histories < 0).all(1)] = 0.1
-        return self._assemble(taste, popular, words)
+        return _beside(taste, popular[:, None], words)
 
     def _known(self, histories: np.ndarray) -> torch.Tensor:
         """Histories without what was put since the training, moved up to the right."""
@@ -263,10 +278,6 @@ class Towers:
             raise InputError(f"history holds item {histories.max()}, but the towers know {items} items")
         return np.ascontiguousarray(histories[:, -self.shape.history :], np.int64)
 
-    @staticmethod
-    def _assemble(taste: np.ndarray, popularity: np.ndarray, text: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.concatenate([taste, popularity[:, None], text], axis=1), np.float32)
-
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the vectors."""
@@ -277,6 +288,7 @@ class Towers:
         tensors = {name: value.detach().contiguous() for name, value in self._network.state_dict().items()}
         tensors["block.mean"] = torch.from_numpy(self._block.mean)
         tensors["block.components"] = torch.from_numpy(self._block.components)
+        tensors["cold.map"], tensors["cold.touched"] = torch.from_numpy(self._cold.map), torch.from_numpy(self._cold.touched)
         tensors["content"] = torch.from_numpy(self._content)
         tensors["text"] = torch.from_numpy(self._text).clone()  # safetensors refuses tensors that share memory
         save_file(tensors, folder / _WEIGHTS)
@@ -292,12 +304,18 @@ class Towers:
             raise IncompatibleError(
                 f"{folder}: {_WEIGHTS} is not the file that {_FACTS} describes; train again or fetch the folder again"
             )
-        if set(raw["shape"]) != set(TowerShape.__dataclass_fields__):
+        tensors = load_file(folder / _WEIGHTS)
+        if set(raw["shape"]) != set(TowerShape.__dataclass_fields__) or "cold.map" not in tensors:
             raise IncompatibleError(f"{folder}: towers of another version of Tandem; run `tandem train towers` again")
         shape = TowerShape(**raw["shape"])
-        tensors = load_file(folder / _WEIGHTS)
         content, text = tensors.pop("content").numpy(), tensors.pop("text").numpy()
         block = TextBlock(tensors.pop("block.mean").numpy(), tensors.pop("block.components").numpy())
+        cold = ColdStart(tensors.pop("cold.map").numpy(), tensors.pop("cold.touched").numpy())
         network = TwoTowers(shape)
         network.load_state_dict(tensors)
-        return cls(shape, network, content, text, block, raw["facts"] | {"fingerprint": content_hash(raw)})
+        return cls(shape, network, content, text, block, cold, raw["facts"] | {"fingerprint": content_hash(raw)})
+
+
+def _beside(*blocks: np.ndarray) -> np.ndarray:
+    """Blocks of coordinates side by side."""
+    return np.ascontiguousarray(np.concatenate(blocks, axis=1), np.float32)

@@ -15,8 +15,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from retrieval.batches import Batch, Histories, epoch, pad_left
+from retrieval.batches import Batch, Histories, epoch, pad_left, seen_columns
 from retrieval.checkpoint import Checkpoints, Stage
+from retrieval.cold_start import ColdStart, fit_cold_start
 from retrieval.loss import sampled_softmax
 from retrieval.negatives import NegativeSampler
 from retrieval.sequence import SequenceConfig, SequenceTower, sequence_scores, train_sequence
@@ -31,7 +32,8 @@ __all__ = ["Catalogue", "Histories", "TowerConfig", "train_towers"]
 Log = Callable[[dict[str, float]], None]
 POPULARITY_WEIGHTS: Final = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 SEQUENCE_WEIGHTS: Final = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
-"""How loud the sequence tower may be, as multiples of the spread of the other scores."""
+PROFILE_WEIGHTS: Final = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+"""How loud the sequence tower and a history's texts may be, as multiples of the spread of the other scores."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class TowerConfig:
     item_learning_rate: float = 1e-4
     learning_rate: float = 1e-4
     history_dropout: float = 0.2
-    id_dropout: float = 0.05
     uniform_negatives: int = 2000
     popular_negatives: int = 1000
     validation_users: float = 0.08
@@ -110,9 +111,13 @@ def train_towers(
             tower = _sequence_tower(network, bases, learn, questions, config, random, log, kept)
             shape, network, quality = _joined(shape, network, tower, bases, learn, questions, catalogue.content, log)
             facts |= {"sequence_weight": network.loudness, "validation_recall_at_100": quality.recall}
+        block = TextBlock.fit(catalogue.text, shape.text_block)
+        quality = _weigh_profile(network, bases, block(catalogue.text), questions, log)
+        facts |= {"validation_recall_at_100": quality.recall, "validation_users": len(validate.sequences)}
+        towers = _finished(shape, network, catalogue, block, learn, facts, validate)
+        towers = towers.with_cold_start(fit_cold_start(towers, catalogue.content, learn, questions, random, log))
     kept.forget()
-    block = TextBlock.fit(catalogue.text, shape.text_block)
-    return _finished(shape, network, catalogue, block, facts | {"validation_users": len(validate.sequences)}, validate)
+    return towers
 
 
 def _fit(
@@ -194,10 +199,9 @@ def batch_loss(
     user = network.user(network.inner.rows(bases.inner, torch.from_numpy(read)), places, torch.from_numpy(kept))
     drawn = sampler.draw(batch.items, random)
     chosen = torch.from_numpy(drawn.items)
-    keep = torch.from_numpy((random.random(len(chosen)) >= config.id_dropout).astype(np.float32))
-    scores = user @ network.outer.rows(bases.outer, chosen, keep).T + network.popularity[chosen]
+    scores = user @ network.outer.rows(bases.outer, chosen).T + network.popularity[chosen]
     columns = torch.from_numpy(np.searchsorted(drawn.items, batch.items))
-    hidden = _seen_columns(batch.histories, drawn.items) if exclude_seen else None
+    hidden = torch.from_numpy(seen_columns(batch.histories, drawn.items)) if exclude_seen else None
     return sampled_softmax(scores, torch.from_numpy(drawn.log_expected), torch.from_numpy(batch.rows), columns, hidden)
 
 
@@ -253,6 +257,33 @@ def _joined(
     return shape, network, reached[best]
 
 
+def _weigh_profile(network: TwoTowers, bases: Bases, words: np.ndarray, questions: Questions, log: Log) -> Quality:
+    """Let the texts of a history (`words` (N, S)) speak in its query as loud as validation NDCG@100 wants them."""
+    with torch.inference_mode():
+        block = torch.from_numpy(words)
+        inner = torch.cat([network.inner(bases.inner), block], dim=1)
+        outer = network.whole_items(network.outer(bases.outer))
+    network.profile.data = torch.ones(())
+
+    def scores(pasts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        taste, profile = network.whole_taste(torch.from_numpy(pad_left(pasts, len(network.user.recency))), inner)
+        return taste @ outer.T + network.popularity, profile @ block.T
+
+    def mixed(loud: float) -> Callable[[Sequence[np.ndarray]], torch.Tensor]:
+        return lambda pasts: torch.add(*scores(pasts), alpha=loud)
+
+    unit = 1.0
+    if questions.pasts:
+        with torch.inference_mode():
+            rest, spoken = (float(each.std(1).mean()) for each in scores(questions.pasts[:200]))
+        unit = rest / max(spoken, 1e-9)
+    reached = {weight: questions.judge(mixed(weight * unit)) for weight in PROFILE_WEIGHTS}
+    best = max(reached, key=lambda weight: reached[weight].ndcg)
+    network.profile.data = torch.tensor(best * unit)
+    log({"profile/weight": best, "towers/validation_ndcg_at_100": reached[best].ndcg})
+    return reached[best]
+
+
 def _loudness(network: TwoTowers, tower: SequenceTower, inner: torch.Tensor, outer: torch.Tensor, questions: Questions) -> float:
     """Spread of the pooled scores over the catalogue, as a multiple of the sequence tower's."""
     pasts = questions.pasts[:200]
@@ -269,17 +300,6 @@ def _fill_unseen(tower: SequenceTower, learn: Histories, content: np.ndarray) ->
     vectors = tower.items.detach().numpy()
     suggested = content @ content_map(content, vectors, counts)
     tower.items.data = torch.from_numpy(np.where(counts[:, None] > 0, vectors, suggested).astype(np.float32))
-
-
-def _seen_columns(histories: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
-    """(B, C) bool: the candidates that stand in the row's history."""
-    hidden = np.zeros((len(histories), len(candidates)), bool)
-    rows, steps = np.nonzero(histories >= 0)
-    seen = histories[rows, steps]
-    columns = np.minimum(np.searchsorted(candidates, seen), len(candidates) - 1)
-    found = candidates[columns] == seen
-    hidden[rows[found], columns[found]] = True
-    return torch.from_numpy(hidden)
 
 
 def _started(catalogue: Catalogue, learn: Histories, shape: TowerShape, config: TowerConfig) -> TwoTowers:
@@ -306,12 +326,21 @@ def optimizers_of(network: TwoTowers, config: TowerConfig) -> tuple[torch.optim.
 
 
 def _finished(
-    shape: TowerShape, network: TwoTowers, catalogue: Catalogue, block: TextBlock, facts: dict[str, object], sample: Histories
+    shape: TowerShape,
+    network: TwoTowers,
+    catalogue: Catalogue,
+    block: TextBlock,
+    learn: Histories,
+    facts: dict[str, object],
+    sample: Histories,
 ) -> Towers:
-    towers = Towers(shape, network, catalogue.content, catalogue.text, block, facts | {"spread": 1.0})
+    """The towers, whose cold start says nothing yet."""
+    cold = ColdStart(np.zeros((shape.content + 1, shape.dimension + 1), np.float32), learn.counts(shape.items) > 0)
+    towers = Towers(shape, network, catalogue.content, catalogue.text, block, cold, facts | {"spread": 1.0})
     pasts = [sequence for sequence in sample.sequences[:200] if len(sequence)]
     scores = towers.query(pad_left(pasts, shape.history)) @ towers.item_vectors.T
-    return Towers(shape, network, catalogue.content, catalogue.text, block, facts | {"spread": float(scores.std(1).mean())})
+    facts = facts | {"spread": float(scores.std(1).mean())}
+    return Towers(shape, network, catalogue.content, catalogue.text, block, cold, facts)
 
 
 def _shape(catalogue: Catalogue, config: TowerConfig) -> TowerShape:

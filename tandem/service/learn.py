@@ -28,15 +28,15 @@ from retrieval.baselines import ItemKNN, interaction_matrix
 from retrieval.batches import cut_places, pad_left
 from retrieval.candidates import Candidates
 from retrieval.content import content_matrix
-from retrieval.encoder import TextEncoder
 from retrieval.retriever import Queries, Retriever
 from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
 from retrieval.tune import build_index
+from retrieval.words import TextReader
 from tandem.core.errors import InputError
 from tandem.core.schema import MICROSECONDS_PER_DAY, Source
 from tandem.service.assemble import WITHIN_REQUEST, Assembler, pairs
 from tandem.service.settings import Settings
-from tandem.service.texts import item_texts, open_encoder, tuned_adapter
+from tandem.service.texts import item_texts, trained_reader
 
 Log = Callable[[dict[str, float]], None]
 Progress = Callable[[str, int, int], None]
@@ -128,11 +128,11 @@ def _split_config(settings: Settings, source: Source) -> SplitConfig:
     return SplitConfig(own.kind or source.split, seed=own.seed, fold_in=own.fold_in, requests_per_user=own.requests_per_user)
 
 
-def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progress) -> tuple[Retriever, TextEncoder]:
-    """Tune the encoder where that is asked for, encode the texts, train the towers, fill and tune the index, find co-visits."""
+def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progress) -> tuple[Retriever, TextReader]:
+    """Tune the encoder where that is asked for, read the texts, train the towers, fill and tune the index, find co-visits."""
     texts = item_texts(data.items)
-    encoder = open_encoder(settings, tuned_adapter(settings, data, texts, log, progress))
-    text = encoder.encode(texts, lambda done, total: progress("encode item texts", done, total))
+    reader = trained_reader(settings, data, texts, log, progress)
+    text = reader.encode(texts, lambda done, total: progress("encode item texts", done, total))
     config = tower_config(settings)
     progress("train towers", 0, 1)
     histories = tower_histories(data)
@@ -144,7 +144,7 @@ def train_retriever(settings: Settings, data: Dataset, log: Log, progress: Progr
     counts = np.asarray(matrix.sum(axis=0), np.float32).ravel()
     progress("train towers", 1, 1)
     covisit, until = ItemKNN.fit(matrix, _NEIGHBOURS), data.items_until
-    return Retriever(data.items, towers, index, covisit, counts, data.source.exclude_seen, items_until=until), encoder
+    return Retriever(data.items, towers, index, covisit, counts, data.source.exclude_seen, items_until=until), reader
 
 
 def tower_config(settings: Settings) -> TowerConfig:

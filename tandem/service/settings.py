@@ -48,6 +48,7 @@ class SplitSettings:
 class EncoderSettings:
     """Which text encoder: "minilm" (shipped, offline), a Hugging Face name, or a folder; the rest as `TextEncoder` has it.
 
+    `words`: how many numbers say which words a text holds, beside what the encoder says of it (`retrieval.words`); 0 for none.
     `pooling` "" is the model's own, `dimension` 0 all of it. Items are read behind `prefix`, sentences behind `query_prefix`.
     """
 
@@ -59,6 +60,7 @@ class EncoderSettings:
     dimension: int = 0
     prefix: str = ""
     query_prefix: str = ""
+    words: int = 128
 
 
 @dataclass(frozen=True)

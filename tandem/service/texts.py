@@ -1,6 +1,7 @@
-"""What is read of items and sentences, and by which encoder: that of the settings, tuned on the events where that is asked for.
+"""What is read of items and sentences, and by whom: the encoder of the settings, tuned on the events where that is asked for, and
+the catalogue's words.
 
-In: settings and a workspace's tables. Out: item texts, an open `TextEncoder`, and the adapter that it was tuned to.
+In: settings and a workspace's tables. Out: item texts, an open `TextReader`, and the adapter that its encoder was tuned to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from retrieval.encoder import TextEncoder
+from retrieval.words import TextReader, Words
 from tandem.core.folders import content_hash, read_json, whole_folder, write_json
 from tandem.service.settings import EncoderSettings, Settings
 
@@ -35,6 +37,12 @@ def item_texts(items: pl.DataFrame) -> list[str]:
 def open_encoder(settings: Settings, adapter: Path | None = None) -> TextEncoder:
     """The encoder of the workspace, with the vectors that it has kept."""
     return text_encoder(settings.encoder, settings.workspace / "cache" / "vectors", adapter)
+
+
+def trained_reader(settings: Settings, data: Dataset, texts: Sequence[str], log: Log, progress: Progress) -> TextReader:
+    """The encoder, tuned where that is asked for, beside the words of these texts."""
+    encoder = open_encoder(settings, tuned_adapter(settings, data, texts, log, progress))
+    return TextReader(encoder, Words.fit(texts, settings.encoder.words))
 
 
 def text_encoder(own: EncoderSettings, cache: Path | None = None, adapter: Path | None = None) -> TextEncoder:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -23,8 +24,8 @@ from ranking.ranker import Ranker
 from registry.artifacts import Artifacts
 from registry.release import Manifest, release_folder, verify_release
 from registry.store import ReleaseStore
-from retrieval.encoder import TextEncoder
 from retrieval.retriever import Retriever
+from retrieval.words import TextReader, Words, reader_fingerprint
 from tandem.core.errors import IncompatibleError, NotFoundError, UnavailableError
 from tandem.core.folders import read_json, write_json
 from tandem.service.assemble import Assembler
@@ -92,7 +93,7 @@ def _in_workspace(
     """A recommender over those features of the workspace that are pinned; `folder` has the text encoder's facts."""
     pins = pinned.limited_to(ranker.names)
     users = [view.name for view in pins.of_entity("user")]
-    encoder = LazyEncoder(folder, settings)
+    encoder = LazyReader(folder, settings)
     return Recommender(
         Parts(
             release=name,
@@ -124,16 +125,16 @@ def load_folder(folder: Path) -> Recommender:
     assembler = Assembler(retriever, pins, settings.features.history_length)
     return Recommender(
         Parts(
-            manifest.name, retriever, ranker, assembler, None, None, None, LazyEncoder(folder, settings), None,
+            manifest.name, retriever, ranker, assembler, None, None, None, LazyReader(folder, settings), None,
             replace(settings.candidates, k=settings.ranker.candidates), settings.rerank, "{}", lambda: datetime.now(UTC),
         )
     )  # fmt: skip
 
 
-def champions_encoder(settings: Settings) -> LazyEncoder | None:
+def champions_encoder(settings: Settings) -> LazyReader | None:
     """The text encoder of the release that is live; None where none is."""
     try:
-        return LazyEncoder(_which(settings, None)[0], settings)
+        return LazyReader(_which(settings, None)[0], settings)
     except NotFoundError:
         return None
 
@@ -222,22 +223,27 @@ class SeenInEvents:
         return found
 
 
-class LazyEncoder:
-    """The release's text encoder, loaded at the first sentence. Refuses another encoder than the one that the towers know."""
+class LazyReader:
+    """What reads the release's texts, loaded at the first sentence. Refuses another encoder than the one that the towers know."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self._facts = read_json(folder / "encoder.json")
         self._adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else None
+        self._folder = folder
         self._device = settings.encoder.device
-        self._encoder: TextEncoder | None = None
+        self._reader: TextReader | None = None
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return self._opened.encode(texts, as_query=True)
 
     @property
     def fingerprint(self) -> str:
-        """Of the encoder that the towers were trained with."""
-        return str(self._facts["fingerprint"])
+        """Of the encoder and the words that the towers were trained with."""
+        return reader_fingerprint(str(self._facts["fingerprint"]), self._words)
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words.load(self._folder)
 
     def items(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of items' texts (n, T), as in training."""
@@ -247,12 +253,12 @@ class LazyEncoder:
         return self._opened.truncates(text, as_query=True)
 
     @property
-    def _opened(self) -> TextEncoder:
-        if self._encoder is None:
-            self._encoder = self._open()
-        return self._encoder
+    def _opened(self) -> TextReader:
+        if self._reader is None:
+            self._reader = self._open()
+        return self._reader
 
-    def _open(self) -> TextEncoder:
+    def _open(self) -> TextReader:
         facts = {name: value for name, value in self._facts.items() if name != "fingerprint"}
         own = EncoderSettings(**facts, device=self._device)
         encoder = text_encoder(own, adapter=self._adapter)
@@ -261,7 +267,7 @@ class LazyEncoder:
                 f"the encoder {own.model!r} is {encoder.fingerprint[:12]} here, but the towers were trained with "
                 f"{self._facts['fingerprint'][:12]}; install the model that the release names"
             )
-        return encoder
+        return TextReader(encoder, self._words)
 
 
 def users_with_history(data: Path, at_least: int, count: int) -> list[str]:

@@ -63,10 +63,10 @@ def test_a_release_brings_its_adapter_and_answers_sentences_with_it(settings: Se
     assert (slate.degraded, len(slate.items)) == ((), 5)
     recommender.close()
     shutil.rmtree(folder / "encoder")  # as if the adapter had been lost on the way: without it the words mean something else
-    from tandem.service.wiring import LazyEncoder
+    from tandem.service.wiring import LazyReader
 
     with pytest.raises(IncompatibleError, match="towers were trained with"):
-        LazyEncoder(folder, settings)(["something new"])
+        LazyReader(folder, settings)(["something new"])
 
 
 def test_what_was_tuned_is_not_tuned_again(settings: Settings) -> None:

@@ -50,16 +50,17 @@ def _train_towers(settings: Settings, progress: Progress) -> dict[str, Any]:
 
     data = Dataset.load(settings)
     with writing(settings, "train"), tracked_run(settings, "towers") as log:
-        retriever, encoder = train_retriever(settings, data, log.metrics, progress)
+        retriever, reader = train_retriever(settings, data, log.metrics, progress)
         sections = {name: vars(getattr(settings, name)) for name in ("towers", "encoder", "tuning")}
         log.params({**sections, "items": len(data.items)})
         log.inputs(settings, "training")
         with whole_folder(settings.models / RETRIEVAL) as folder:
             retriever.save(folder)
             log.tags({"towers": read_json(folder / "retriever.json")["towers"]})
-            write_json(folder / "encoder.json", encoder_facts(settings, encoder))
-            if encoder.adapter is not None:
-                shutil.copytree(encoder.adapter, folder / ADAPTER)
+            write_json(folder / "encoder.json", encoder_facts(settings, reader.encoder))
+            reader.words.save(folder)
+            if reader.encoder.adapter is not None:
+                shutil.copytree(reader.encoder.adapter, folder / ADAPTER)
             write_json(folder / "popular.json", _popular(retriever))
             write_json(folder / "window.json", {name: moment.isoformat() for name, moment in data.split.cutoffs.items()})
     return {
@@ -104,7 +105,7 @@ def _train_ranker(settings: Settings, progress: Progress) -> dict[str, Any]:
 
 def encoder_facts(settings: Settings, encoder: TextEncoder) -> dict[str, Any]:
     """What serving needs to open the same encoder; `dtype` as it was resolved here, since "auto" differs between machines."""
-    own = {name: value for name, value in vars(settings.encoder).items() if name != "device"}
+    own = {name: value for name, value in vars(settings.encoder).items() if name not in ("device", "words")}
     return own | {"dtype": encoder.dtype, "fingerprint": encoder.fingerprint}
 
 

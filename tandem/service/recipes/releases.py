@@ -72,6 +72,7 @@ def release_create(settings: Settings, name: str | None = None, because: str = "
 
 def _release_parts(settings: Settings) -> dict[str, Path]:
     from feature_repo.pins import FEATURES_FILE
+    from retrieval.words import WORDS
     from tandem.service.texts import ADAPTER
 
     retrieval, report = settings.models / RETRIEVAL, settings.models / EVALUATION / "report.json"
@@ -82,7 +83,7 @@ def _release_parts(settings: Settings) -> dict[str, Path]:
     if evaluated["towers"] != facts["towers"] or evaluated["ranker"] != file_hash(ranker / "ranker.safetensors"):
         raise ConflictError("towers or ranker were trained after the evaluation; run `tandem evaluate` again")
     check_ranker_link(settings, facts["towers"])
-    files = ("items.parquet", "covisit.safetensors", "retriever.json", "encoder.json", "popular.json", "window.json")
+    files = ("items.parquet", "covisit.safetensors", "retriever.json", "encoder.json", WORDS, "popular.json", "window.json")
     return (
         {name: retrieval / name for name in files}
         | {

@@ -22,7 +22,8 @@ from feature_repo.sources.table import TableMapping
 from feature_repo.splits import SplitConfig, make_requests
 from retrieval.content import content_matrix
 from retrieval.encoder import TextEncoder
-from tandem.service.settings import _read_toml
+from retrieval.words import TextReader, Words
+from tandem.service.settings import EncoderSettings, _read_toml
 from tandem.service.texts import item_texts
 
 ROOT = Path(__file__).parents[3]
@@ -38,12 +39,15 @@ FILES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One data set, split: `content` (N, C) and `text` (N, T) of its items; events and truth lie in `folder`."""
+    """One data set, split: `content` (N, C) and `text` (N, T) of its items, the encoder's part of `text` being `meaning` (N, E);
+    events and truth lie in `folder`.
+    """
 
     name: str
     folder: Path
     content: NDArray[np.float32]
     text: NDArray[np.float32]
+    meaning: NDArray[np.float32]
     exclude_seen: bool
     ordered: bool
 
@@ -188,7 +192,10 @@ def _write(
     numbered.filter("valid").select("user", "item").write_parquet(folder / "valid.parquet")
     wanted.write_parquet(folder / "truth.parquet")
     wanted.select("user").unique().sort("user").write_parquet(folder / "ask.parquet")
-    text = TextEncoder(cache=folder.parent / "vectors", dtype="float32").encode(item_texts(items))
+    texts = item_texts(items)
+    encoder = TextEncoder(cache=folder.parent / "vectors", dtype="float32")
+    text = TextReader(encoder, Words.fit(texts, EncoderSettings().words)).encode(texts)
+    np.save(folder / "meaning.npy", text[:, : encoder.dimension])
     np.save(folder / "text.npy", text)
     np.save(folder / "content.npy", content_matrix(items, text))
     facts = {"items": len(items), "exclude_seen": raw.source.exclude_seen, "ordered": ordered, "seed": seed}
@@ -199,5 +206,5 @@ def _write(
 def load(name: str, folder: Path) -> Case:
     """A case that was made before; its facts are written last, so that a folder with them is whole."""
     facts = json.loads((folder / FACTS).read_text())
-    content, text = np.load(folder / "content.npy"), np.load(folder / "text.npy")
-    return Case(name, folder, content, text, facts["exclude_seen"], facts["ordered"])
+    content, text, meaning = (np.load(folder / f"{part}.npy") for part in ("content", "text", "meaning"))
+    return Case(name, folder, content, text, meaning, facts["exclude_seen"], facts["ordered"])

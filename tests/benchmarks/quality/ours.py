@@ -67,8 +67,12 @@ def tower_scores(trained: Towers):
 
 
 def histories(case: Case) -> Histories:
-    """`train.parquet` as the towers take it; every event is one that retrieval should find."""
-    users = case.frame("train").group_by("user", maintain_order=True).agg("item", "time")
+    """`train.parquet` as the towers take it; every event is one that retrieval should find.
+
+    Where the order means nothing it is drawn: validation must ask what the test asks, not what was shown next.
+    """
+    events = case.frame("train") if case.ordered else case.frame("train").sample(fraction=1.0, shuffle=True, seed=0)
+    users = events.sort("user", maintain_order=True).group_by("user", maintain_order=True).agg("item", "time")
     sequences = [np.array(row, np.int64) for row in users["item"].to_list()]
     if case.ordered:
         cuts = [cut_places(np.array(row, np.int64)) for row in users["time"].to_list()]

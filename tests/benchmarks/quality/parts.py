@@ -62,8 +62,10 @@ def report(scratch: Path) -> None:
             ("no logQ", silent, {"sampled_softmax": _without_logq}),
             ("uniform negatives only", replace(silent, popular_negatives=1, uniform_negatives=2000), {}),
             ("popular negatives only", replace(silent, popular_negatives=2000, uniform_negatives=1), {}),
+            ("every item a negative: the limit of hard ones", replace(silent, uniform_negatives=100_000), {}),
             ("raw in-batch negatives", silent, {"NegativeSampler": InBatch}),
-            ("no dropout of history or ids", replace(silent, history_dropout=0.0, id_dropout=0.0), {}),
+            ("no dropout of history", replace(silent, history_dropout=0.0), {}),
+            ("texts of the history unheard", config, {"PROFILE_WEIGHTS": (0.0,)}),
             ("random start", long, {"warm_start": _random_start}),
             ("random start, raw in-batch negatives", long, {"warm_start": _random_start, "NegativeSampler": InBatch}),
         )

@@ -151,9 +151,9 @@ def batch(
 
 
 def sources() -> list[CandidateSource]:
-    categories = (np.arange(N) % 2)[:, None].astype(np.int64)
+    category = category_source(np.arange(N), np.arange(N) % 2, COUNTS, 8)
     fresh = new_source(np.arange(N, dtype=np.int64) * DAY, N * DAY, 10)
-    return [TowerSource(INDEX), covisit_source(KNN), category_source(categories, COUNTS, 8), HistorySource(N), fresh]
+    return [TowerSource(INDEX), covisit_source(KNN), category, HistorySource(N), fresh]
 
 
 ids_of_items = st.lists(st.integers(0, N - 1), max_size=30)
@@ -242,8 +242,8 @@ def test_covisits_are_item_knn_scores() -> None:
 
 
 def test_category_gives_the_popular_of_the_histories_categories() -> None:
-    categories = np.array([[0, -1], [0, 1], [1, -1], [1, -1], [-1, -1]], np.int64)
-    source = category_source(categories, np.array([1, 9, 5, 3, 99], np.float32), keep=3)
+    rows, codes = np.array([0, 1, 1, 2, 3]), np.array([0, 0, 1, 1, 1])
+    source = category_source(rows, codes, np.array([1, 9, 5, 3, 99], np.float32), keep=3)
     _, ids = source.candidates(batch([[0]]), 4)
     assert ids.tolist() == [[1, 0, -1, -1]]
     _, ids = source.candidates(batch([[2]]), 4)

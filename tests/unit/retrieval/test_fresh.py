@@ -58,10 +58,10 @@ def test_the_towers_read_a_put_item_as_they_read_it_in_training(retriever: Retri
     np.testing.assert_allclose(vectors, towers.item_vectors, atol=1e-6)
     np.testing.assert_allclose(inner, towers.inner_vectors, atol=1e-6)
     stranger, _ = towers.items(towers._content[:1], towers._text[:1], np.array([-1]))
-    width = towers.shape.dimension
-    assert stranger[0, width] == 0  # nobody touched it
-    np.testing.assert_allclose(stranger[0, width + 1 :], vectors[0, width + 1 :], atol=1e-6)
-    assert not np.allclose(stranger[0, :width], vectors[0, :width])  # it has no id vector
+    width = towers.shape.dimension + 1
+    np.testing.assert_allclose(stranger[:, :width], towers._cold(towers._content[:1]), atol=1e-6)  # nobody touched it
+    np.testing.assert_allclose(stranger[0, width:], vectors[0, width:], atol=1e-6)
+    assert not np.allclose(stranger[0, :width], vectors[0, :width])
     with pytest.raises(InputError, match="release's own encoder"):
         towers.items(towers._content[:, 1:], towers._text, np.arange(ITEMS))
 

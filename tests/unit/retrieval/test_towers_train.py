@@ -1,5 +1,6 @@
 """The towers on a world with known answers: a checkerboard of tastes, with texts that tell a new item's taste."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,21 @@ def test_a_sentence_alone_finds_items_with_that_text(towers: Towers) -> None:
 def test_no_history_and_no_sentence_is_popularity(towers: Towers) -> None:
     scores = (towers.query(np.full((1, 1), -1)) @ towers.item_vectors.T)[0]
     assert np.allclose(scores, towers.item_vectors[:, towers.shape.dimension], atol=1e-6)
+
+
+def test_the_texts_of_a_history_speak_in_its_query_as_loud_as_validation_wants(towers: Towers) -> None:
+    log: list[dict[str, float]] = []
+    train_towers(_catalogue(), _histories(untouched=(0, 1)), CONFIG, log.append)
+    weight = next(line["profile/weight"] for line in log if "profile/weight" in line)
+    texts = towers.query(pad_left([np.array([4, 8, 12])], 20))[0, towers.shape.dimension + 1 :]
+    assert (weight > 0) == bool(np.abs(texts).max() > 0)
+    loud = copy.deepcopy(towers)
+    loud._network.profile.data = torch.ones(())
+    spoken = loud.query(pad_left([np.array([4, 8, 12])], 20))[0, towers.shape.dimension + 1 :]
+    own = towers.text_vectors[[4, 8, 12]].sum(0)
+    assert spoken @ own > 0.95 * np.linalg.norm(spoken) * np.linalg.norm(own)
+    nobody = loud.query(np.full((1, 1), -1))[0, towers.shape.dimension + 1 :]
+    assert not nobody.any()
 
 
 def test_batch_companions_change_nothing(towers: Towers) -> None:
@@ -160,7 +176,7 @@ def test_only_the_rows_of_a_batch_get_a_gradient_and_it_is_the_right_one(towers:
     network = TwoTowers(towers.shape)
     for tower in (network.inner, network.outer):
         torch.nn.init.normal_(tower.id, generator=torch.Generator().manual_seed(1))
-    bases, still = Bases.of(network, catalogue.content), replace(CONFIG, history_dropout=0.0, id_dropout=0.0)
+    bases, still = Bases.of(network, catalogue.content), replace(CONFIG, history_dropout=0.0)
     batch = Batch(np.array([[-1, 3, 7], [4, 8, 12]]), np.array([0, 0, 1]), np.array([11, 15, 16]))
     sampler = NegativeSampler(histories.counts(ITEMS), 10, 5)
     loss = batch_loss(network, bases, batch, sampler, True, still, np.random.default_rng(2))

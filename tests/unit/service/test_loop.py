@@ -30,4 +30,10 @@ def test_it_looks_until_it_is_stopped_and_stop_waits_for_the_last_look() -> None
 
 
 def test_one_that_never_began_is_stopped_at_once() -> None:
-    Loop(lambda: None, 60, "test").stop()
+    looks: list[str] = []
+    loop = Loop(lambda: looks.append("begun"), 0.001, "test that never began")
+    began = time.monotonic()
+    loop.stop()
+    assert time.monotonic() - began < 5
+    assert not looks
+    assert all(thread.name != "test that never began" for thread in threading.enumerate())

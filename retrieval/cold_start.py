@@ -1,0 +1,116 @@
+"""Items that nobody has touched: taste and popularity from what they say about themselves.
+
+In: trained towers, contents, histories. Out: a linear map from content to the coordinates that an index needs: a ridge regression
+on the vectors of known items. Regression shrinks what it is unsure of, so its new items would hardly ever come up beside known
+ones. Hence a fifth of the known items are treated as if they were new, and say how much has to be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+from retrieval.batches import Histories, pad_left
+from retrieval.validate import K, Questions
+from retrieval.warm_start import content_map
+
+if TYPE_CHECKING:
+    from retrieval.towers import Towers
+
+Log = Callable[[dict[str, float]], None]
+RIDGE: Final = 30.0
+MOST_LOST: Final = 0.02
+"""Share of the recall of known items that new ones may cost, were a fifth of all items new."""
+
+_APART: Final = 0.2
+_SILENT: Final = 1e9
+_QUANTILES: Final = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """What content says of items that nobody has touched: `map` (C + 1, D + 1) from content and 1 to taste and popularity.
+
+    `touched` (N,) bool: the items of the catalogue that speak for themselves.
+    """
+
+    map: np.ndarray
+    touched: np.ndarray
+
+    def __call__(self, content: np.ndarray) -> np.ndarray:
+        """Taste and popularity (n, D + 1) of contents (n, C)."""
+        return np.asarray(content @ self.map[:-1] + self.map[-1], np.float32)
+
+    def instead(self, taste: np.ndarray, content: np.ndarray, touched: np.ndarray) -> np.ndarray:
+        """`taste` (n, D + 1), with what `content` (n, C) says in the rows that are not `touched` (n,)."""
+        return taste if touched.all() else np.where(touched[:, None], taste, self(content))
+
+
+def fit_cold_start(
+    towers: Towers, content: np.ndarray, learn: Histories, questions: Questions, random: np.random.Generator, log: Log
+) -> ColdStart:
+    """The map of all items that `learn` touches; `questions`, of people that nothing was learned from, say how loud it speaks."""
+    counts, width = learn.counts(len(content)), towers.shape.dimension + 1
+    inputs = np.concatenate([content, np.ones((len(content), 1), np.float32)], axis=1)
+    known = np.flatnonzero(counts)
+
+    def regression(rows: np.ndarray) -> np.ndarray:
+        return content_map(inputs[rows], towers.item_vectors[rows, :width], counts[rows], RIDGE)
+
+    apart = np.sort(random.permutation(known)[: int(len(known) * _APART)])
+    vectors = towers.item_vectors.copy()
+    vectors[apart, :width] = inputs[apart] @ regression(np.setdiff1d(known, apart))
+    vectors[counts == 0, :width] = 0.0
+    map_ = regression(known)
+    map_[-1, -1] += _louder(towers, vectors, apart, questions, log)
+    return ColdStart(map_, counts > 0)
+
+
+def _louder(towers: Towers, vectors: np.ndarray, apart: np.ndarray, questions: Questions, log: Log) -> float:
+    """What to add to the popularity of new items: the best recall@100 over all items among what costs known ones little.
+
+    `vectors` (N, Q): items as they are, those of `apart` as if they were new.
+    """
+    about_new, about_known = (_about(questions, np.isin(np.arange(len(vectors)), apart) == new) for new in (True, False))
+    if not about_new.pasts:
+        return 0.0
+    popularity = towers.shape.dimension
+
+    def recall(asked: Questions, shift: float) -> float:
+        shifted = vectors.copy()
+        shifted[apart, popularity] += shift
+
+        def score(pasts: Sequence[np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(towers.query(pad_left(pasts, towers.shape.history)) @ shifted.T)
+
+        return asked.judge(score).recall
+
+    alone = recall(about_known, -_SILENT)
+    reached: dict[float, float] = {}
+    lacking = _shifts(towers.query(pad_left(about_new.pasts, towers.shape.history)) @ vectors.T, about_new.wanted)
+    for shift in sorted((0.0, *lacking)):
+        if reached and recall(about_known, shift) < (1 - MOST_LOST) * alone:
+            break
+        reached[shift] = recall(questions, shift)
+    best = max(reached, key=lambda shift: (reached[shift], -abs(shift)))
+    log({"cold/louder": best, "cold/recall_at_100": recall(about_new, best), "cold/recall_at_100_before": recall(about_new, 0.0)})
+    return best
+
+
+def _shifts(scores: np.ndarray, wanted: Sequence[np.ndarray]) -> list[float]:
+    """What the answers `wanted` lack to be among the best 100 of their row of `scores` (B, N): quantiles, ascending."""
+    place = min(K, scores.shape[1])
+    last = -np.partition(-scores, place - 1, axis=1)[:, place - 1]
+    gaps = np.concatenate([last[row] - scores[row, own] for row, own in enumerate(wanted)])
+    return [float(gap) for gap in np.quantile(gaps, _QUANTILES)]
+
+
+def _about(questions: Questions, items: np.ndarray) -> Questions:
+    """The questions whose answers are among `items` (N,) bool, with only these as answers."""
+    wanted = [each[items[each]] for each in questions.wanted]
+    asked = [place for place, each in enumerate(wanted) if len(each)]
+    return Questions([questions.pasts[at] for at in asked], [wanted[at] for at in asked], questions.exclude_seen)
