@@ -62,7 +62,7 @@ _METRICS_AT_ONCE: Final = 1000
 _DIGEST: Final = 36
 _FEATURES: Final = "features.json"
 _PEOPLE: Final = frozenset({"user_id", "user_ids", "email"})
-_fluent = threading.Lock()  # MLflow's own address is one per process: held while a model is logged
+_fluent = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -321,24 +321,23 @@ class Tracker:
                 pointer = {"release": manifest.name, "content_hash": manifest.content_hash, "folder": str(folder)}
                 pointer |= {"artifacts": self._artifacts} if self._artifacts else {}
                 write_json(data, pointer)
-            uri, model_id = self._log_model(mlflow, run, data, loader)
-            with suppress(mlflow.exceptions.MlflowException):  # it exists already, or the next call says what is wrong
-                client.create_registered_model(self._model)
-            version = client.create_model_version(
-                self._model,
-                source=uri,
-                run_id=run.id,
-                model_id=model_id,
-                tags={"release": manifest.name, "content_hash": manifest.content_hash} | _lineage(manifest, folder),
-                await_creation_for=0,
-            )
+            with _addressed(mlflow, self._uri):
+                uri, model_id = self._log_model(mlflow, run, data, loader)
+                with suppress(mlflow.exceptions.MlflowException):  # it exists already, or the next call says what is wrong
+                    client.create_registered_model(self._model)
+                version = client.create_model_version(
+                    self._model,
+                    source=uri,
+                    run_id=run.id,
+                    model_id=model_id,
+                    tags={"release": manifest.name, "content_hash": manifest.content_hash} | _lineage(manifest, folder),
+                    await_creation_for=0,
+                )
         return str(version.version)
 
     def _log_model(self, mlflow: Any, run: Run, data: Path, loader: str) -> tuple[str, str]:
-        with _fluent, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            mlflow.set_tracking_uri(self._uri)
-            mlflow.set_registry_uri(self._uri)
             with mlflow.start_run(run_id=run.id):
                 info = mlflow.pyfunc.log_model(
                     name=self._model,
@@ -355,6 +354,18 @@ class Tracker:
         if error.error_code == "INVALID_PARAMETER_VALUE":
             return InputError(f"MLflow at {self._shown}: {_first_line(error)}")
         return UnavailableError(f"MLflow at {self._shown} failed: {_first_line(error)}")
+
+
+@contextmanager
+def _addressed(mlflow: Any, uri: str) -> Iterator[None]:
+    """MLflow's own address, one per process, is ours for a while: nobody else's meanwhile, and afterwards what it was."""
+    with _fluent:
+        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)
 
 
 def _check_address(uri: str) -> None:

@@ -63,7 +63,9 @@ def test_every_training_run_has_settings_curves_and_the_digests_of_its_data(sett
 
 def test_the_evaluation_has_the_funnel_as_a_table_and_its_figures(settings: Settings, tracker: Tracker) -> None:
     run = runs(tracker)["evaluate"]
-    table = client_of(tracker).load_table(run.info.experiment_id, "funnel.json", [run.info.run_id])
+    client = client_of(tracker)
+    mlflow.set_tracking_uri(client.tracking_uri)
+    table = client.load_table(run.info.experiment_id, "funnel.json", [run.info.run_id])
     report = read_json(settings.models / "evaluation" / "report.json")["funnel"]
     assert table["system"].to_list() == [row["system"] for row in report]
     assert run.data.metrics["towers_ranker/ndcg_at_10"] == pytest.approx(
@@ -94,6 +96,7 @@ def test_batch_scoring_by_alias(tiny_workspace: Path, tmp_path: Path) -> None:
     settings = load_settings(Path(shutil.copytree(tiny_workspace, tmp_path / "workspace", ignore=unseen)), {})
     with open_releases(settings) as store:
         assert open_tracker(settings).mirror(store).registered
+    mlflow.set_tracking_uri(client_of(open_tracker(settings)).tracking_uri)
     model = mlflow.pyfunc.load_model("models:/tandem@champion")
     signature = model.metadata.signature
     assert {each.name for each in signature.inputs.inputs} == {"user_id", "query"}

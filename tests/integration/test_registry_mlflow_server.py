@@ -139,6 +139,7 @@ def test_the_loop_on_a_server_that_goes_away_and_comes_back(
     monkeypatch.syspath_prepend(str(tmp_path))
     tracker = Tracker(server.uri)
     asked = pd.DataFrame({"user_id": ["ada"]})
+    mlflow.set_tracking_uri(server.uri)
 
     def scored() -> list[str]:
         return list(mlflow.pyfunc.load_model("models:/tandem@champion").predict(asked))

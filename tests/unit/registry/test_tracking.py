@@ -180,6 +180,7 @@ def test_a_release_is_one_model_version_loaded_without_pickle(tracker: Tracker, 
     tracker.set_alias("champion", version)
     assert (version, tracker.champion_alias(), tracker.version_of(manifest)) == ("1", "1", "1")
     name = tracker._model
+    mlflow.set_tracking_uri(client_of(tracker).tracking_uri)
     model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
     asked = pd.DataFrame({"user_id": ["ada", "nobody"]})
     assert model.predict(asked, params={"k": 3}) == ["release.json:ada:3", "release.json:nobody:3"]
@@ -191,6 +192,17 @@ def test_a_release_is_one_model_version_loaded_without_pickle(tracker: Tracker, 
     assert not suffixes & {".pkl", ".pickle", ".cloudpickle", ".pt"}
     (pointer,) = [one for one in home.rglob(POINTER) if json.loads(one.read_text())["content_hash"] == manifest.content_hash]
     assert json.loads(pointer.read_text()) == {"release": "first", "content_hash": manifest.content_hash, "folder": str(folder)}
+
+
+def test_mlflow_s_own_address_is_left_as_it_was(tracker: Tracker, tmp_path: Path, loader: str) -> None:
+    import mlflow
+
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
+    for address in (elsewhere, None):
+        mlflow.set_tracking_uri(address)  # type: ignore[arg-type]
+        tracker.register(*make_release(tmp_path, "whole" if address else "again"), loader=loader)
+        assert mlflow.is_tracking_uri_set() == (address is not None)
+        assert address is None or mlflow.get_tracking_uri() == address
 
 
 def test_the_whole_release_can_travel(tracker: Tracker, tmp_path: Path, loader: str, home: Path) -> None:
