@@ -16,7 +16,8 @@ task is its positives per history event, or per impression when the source logs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -85,13 +86,11 @@ def build_tables(
     stand in two views.
     """
     config = config or AggregateConfig()
-    history, line = _history_events(events.lazy(), source), _line(events.lazy(), source, config)
-    priors = _priors(line.totals, source, config.prior_strength)
+    history, line = _history_events(events.lazy(), source), counted_events(events.lazy(), source, config)
+    counted = [entity for entity in ENTITIES if only is None or f"{entity}_stats" in only]
     makers: dict[str, Callable[[], pl.DataFrame]] = {
-        "user_stats": lambda: _stats(line, priors, "user", source, config),
         "user_history": lambda: user_history_table(history, config.history_length),
         "user_categories": lambda: user_categories_table(history, items, config.top_categories),
-        "item_stats": lambda: _stats(line, priors, "item", source, config),
         "item_attributes": lambda: _item_attributes(items),
     }
     attributes = _attributes(users, USERS)
@@ -100,7 +99,8 @@ def build_tables(
     for entity, view in DECLARED.items():
         if own := config.declared_of(entity):
             makers[view] = partial(declared_table, events.lazy(), entity, own, source, config.until)
-    tables = {name: make() for name, make in makers.items() if only is None or name in only}
+    tables = count_tables(line, counted, source, config)
+    tables |= {name: make() for name, make in makers.items() if only is None or name in only}
     check_feature_names(tables)
     return tables
 
@@ -190,7 +190,15 @@ def _trials(task: Task, source: Source) -> str:
 # --- counts, windows and rates -----------------------------------------------------------------------------------------
 
 
-def _line(events: pl.LazyFrame, source: Source, config: AggregateConfig) -> Timeline:
+def count_tables(line: Timeline, entities: Sequence[str], source: Source, config: AggregateConfig) -> dict[str, pl.DataFrame]:
+    """The `<entity>_stats` tables, side by side: while the events of one are being sorted, another is counted."""
+    priors = _priors(line.totals, source, config.prior_strength)
+    with ThreadPoolExecutor(max(1, len(entities))) as pool:
+        tables = pool.map(lambda entity: _stats(line, priors, entity, source, config), entities)
+        return {f"{entity}_stats": table for entity, table in zip(entities, tables, strict=True)}
+
+
+def counted_events(events: pl.LazyFrame, source: Source, config: AggregateConfig) -> Timeline:
     """The counted events on the axis of time.
 
     Events of one instant are in the order of their names only where sums of values depend on it: to read the names costs as much
@@ -205,16 +213,14 @@ def _line(events: pl.LazyFrame, source: Source, config: AggregateConfig) -> Time
 
 def _stats(line: Timeline, priors: pl.DataFrame, entity: str, source: Source, config: AggregateConfig) -> pl.DataFrame:
     """The `user_stats` or `item_stats` table."""
-    key, columns = ENTITIES[entity], _stat_columns(entity, source, config)
-    blocks = running_counts(key, _counting(source, config), line, priors)
-    return pl.concat([block.select(key, TIMESTAMP, *columns) for block in blocks])
+    return running_counts(ENTITIES[entity], _counting(source, config), line, priors, _stat_columns(entity, source, config))
 
 
 def _stats_since(
     since: pl.DataFrame, own: pl.LazyFrame, everybody: pl.LazyFrame, entity: str, source: Source, config: AggregateConfig
 ) -> pl.DataFrame:
     """The table's rows of the keys in `since` [key, since], whose events are `own`, at or after that time."""
-    line = _line(own, source, config)
+    line = counted_events(own, source, config)
     priors = _priors(_totals_at(line.us, everybody, source), source, config.prior_strength)
     return rows_from(_stats(line, priors, entity, source, config), ENTITIES[entity], since)
 

@@ -10,8 +10,10 @@ are narrow; what is wide is made for a block of keys at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -156,25 +158,52 @@ class _Events:
     marks: dict[str, NDArray[np.uint8]]
     value: NDArray[np.float64]
 
-    def take(self, start: int, end: int) -> _Events:
-        part = slice(start, end)
-        marks = {name: column[part] for name, column in self.marks.items()}
-        return _Events(self.key[part], self.place[part], marks, self.value[part])
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys (K,) there are, sorted; `order` (E,) sorts events by (key, time), and those of key k begin at `borders[k]` of
+    (K + 1,).
+    """
+
+    names: pl.Series
+    order: Ints
+    borders: Ints
+
+    @classmethod
+    def of(cls, ids: pl.Series) -> _Keys:
+        names, number = _numbered(ids)
+        return cls(names, _stable_order(number), np.append(0, np.cumsum(np.bincount(number, minlength=len(names)))))
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(first, end) of keys with about `_BLOCK` events; (0, 0) when there are none."""
+        at, keys = 0, len(self.names)
+        while at == 0 or at < keys:
+            end = int(np.searchsorted(self.borders, self.borders[at] + _BLOCK, side="right")) - 1
+            end = min(max(end, at + 1), keys)
+            yield at, end
+            at = max(end, 1)
+
+    def events(self, line: Timeline, first: int, end: int) -> _Events:
+        """The events of the keys first..end."""
+        order = self.order[self.borders[first] : self.borders[end]]
+        key = np.repeat(np.arange(first, end), np.diff(self.borders[first : end + 1]))
+        return _Events(key, line.place[order], {name: column[order] for name, column in line.marks.items()}, line.value[order])
 
 
-def running_counts(key: str, counting: Counting, line: Timeline, known: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Blocks of [key, event_timestamp, counts..., valued, value_sum, first_time, last_time, window_<w>..., known...], at least
-    one.
+def running_counts(key: str, counting: Counting, line: Timeline, known: pl.DataFrame, columns: Sequence[pl.Expr]) -> pl.DataFrame:
+    """[key, event_timestamp, columns...], where columns are made of counts..., valued, value_sum, first_time, last_time,
+    window_<w>..., known....
 
     `known` (T,) is what else is known of each instant. `first_time` and `last_time` are those of history events in µs, null
-    before the first one.
+    before the first one. Blocks are counted side by side, on as many threads as Polars has.
     """
-    names, number = _numbered(line.ids[key])
-    order = _stable_order(number)
-    marks = {name: column[order] for name, column in line.marks.items()}
-    events = _Events(number[order], line.place[order], marks, line.value[order])
-    for start, end in _blocks(events.key, len(names)):
-        yield _rows(events.take(start, end), names, counting, line, known)
+    keys = _Keys.of(line.ids[key])
+
+    def counted(block: tuple[int, int]) -> pl.DataFrame:
+        return _rows(keys.events(line, *block), keys.names, counting, line, known).select(key, TIMESTAMP, *columns)
+
+    with ThreadPoolExecutor(pl.thread_pool_size()) as pool:
+        return pl.concat(pool.map(counted, keys.blocks()))
 
 
 def _numbered(ids: pl.Series) -> tuple[pl.Series, Numbers]:
@@ -191,22 +220,19 @@ def _numbered(ids: pl.Series) -> tuple[pl.Series, Numbers]:
 
 
 def _stable_order(number: Numbers) -> Ints:
-    """What sorts the numbers and keeps equal ones in their order: 16 bits at a time, for which numpy has a radix sort."""
-    order = np.argsort(number.astype(np.uint16, copy=False), kind="stable")
-    if number.dtype == np.uint32:
-        order = order[np.argsort((number >> 16).astype(np.uint16)[order], kind="stable")]
+    """What sorts the numbers and keeps equal ones in their order: 16 bits at a time, for which numpy has a radix sort. The high
+    ones come first, so that the rest is within reach of the caches.
+    """
+    low = number.astype(np.uint16, copy=False)
+    if number.dtype == np.uint16:
+        return np.argsort(low, kind="stable")
+    high = (number >> 16).astype(np.uint16)
+    order = np.argsort(high, kind="stable")
+    borders = np.append(0, np.cumsum(np.bincount(high)))
+    for start, end in pairwise(borders):
+        part = order[start:end]
+        order[start:end] = part[np.argsort(low[part], kind="stable")]
     return order
-
-
-def _blocks(key: Numbers, keys: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of whole keys, of about `_BLOCK` events; (0, 0) when there are no events."""
-    borders = np.append(np.searchsorted(key, np.arange(keys, dtype=key.dtype)), len(key))
-    at = 0
-    while at == 0 or at < keys:
-        end = int(np.searchsorted(borders, borders[at] + _BLOCK, side="right")) - 1
-        end = max(end, at + 1)
-        yield int(borders[at]), int(borders[min(end, keys)])
-        at = end
 
 
 # --- the rows of a block -----------------------------------------------------------------------------------------------

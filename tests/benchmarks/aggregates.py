@@ -59,14 +59,13 @@ def read(folder: Path) -> dict[str, Any]:
 
 def ours(folder: Path) -> dict[str, Any]:
     """`user_stats` and `item_stats`, as `build_tables` makes them."""
-    from feature_repo.aggregates import AggregateConfig, _line, _priors, _stats  # build_tables makes histories, too
+    from feature_repo.aggregates import AggregateConfig, count_tables, counted_events  # build_tables makes histories, too
     from tandem.core.schema import Source
 
     started = time.perf_counter(), time.process_time()
     source, config = Source.read(folder / "source.json"), AggregateConfig(windows=WINDOWS, prior_strength=STRENGTH)
-    line = _line(pl.scan_parquet(folder / "events.parquet"), source, config)
-    priors = _priors(line.totals, source, STRENGTH)
-    tables = {f"{entity}_stats": _stats(line, priors, entity, source, config) for entity in KEYS}
+    line = counted_events(pl.scan_parquet(folder / "events.parquet"), source, config)
+    tables = count_tables(line, list(KEYS), source, config)
     spent = _spent(started)
     return spent | {"rows": sum(table.height for table in tables.values()), "sample": _sample(folder, tables)}
 
