@@ -8,6 +8,7 @@ is taken range by range of its keys, so that memory does not grow with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, cast
@@ -20,7 +21,8 @@ from feast.infra.online_stores.online_store import OnlineStore
 from feast.repo_config import RepoConfig
 from feast.utils import _convert_arrow_to_proto
 
-from feature_repo.newest import NewestOnlineStore, Written, entity_key
+from feature_repo.ahead import ahead
+from feature_repo.newest import NewestOnlineStore, Written, entity_key, rows_of_frame
 from feature_repo.newest_rows import newest_by_range
 from feature_repo.polars_store import PolarsOfflineStore
 from feature_repo.views import MAX_AHEAD
@@ -92,13 +94,22 @@ class PolarsComputeEngine(ComputeEngine):  # type: ignore[misc]
         if task.disable_event_timestamp:
             raise InputError("features keep their own event times here; run materialize without --disable-event-timestamp")
         now, view = datetime.now(UTC), task.feature_view
-        end, total = min(task.end_time, now + MAX_AHEAD), Written()
-        for newest in self._newest(view, max(task.start_time, _FIRST + OVERLAP) - OVERLAP, end):
-            for start in range(0, newest.height, _ROWS_PER_WRITE):
-                done = write_newest(self.online_store, self.repo_config, view, newest.slice(start, _ROWS_PER_WRITE), now)
-                self.progress(view.name, done.written + done.late)
-                total += done
+        newest = self._newest(view, max(task.start_time, _FIRST + OVERLAP) - OVERLAP, min(task.end_time, now + MAX_AHEAD))
+        parts = (frame.slice(start, _ROWS_PER_WRITE) for frame in newest for start in range(0, frame.height, _ROWS_PER_WRITE))
+        total = Written()
+        for done in self._write(view, parts, now):
+            self.progress(view.name, done.written + done.late)
+            total += done
         return total
+
+    def _write(self, view: FeatureView, parts: Iterator[pl.DataFrame], now: datetime) -> Iterator[Written]:
+        """What became of each part; our own stores keep one while the next is read and encoded."""
+        store, config = self.online_store, self.repo_config
+        if not isinstance(store, NewestOnlineStore):
+            yield from (_write_rows(store, config, view, part, now) for part in parts)
+            return
+        with closing(ahead(rows_of_frame(view, part, now) for part in parts)) as encoded:
+            yield from (store.store_newest(config, view, rows) for rows in encoded)
 
     def _newest(self, view: FeatureView, start: datetime, end: datetime) -> Iterator[pl.DataFrame]:
         """The newest row per entity of a view, in the order of the stores' keys, in pieces that fit into memory."""

@@ -15,9 +15,6 @@ from feature_repo.frames import between, mapped, named, utc
 from feature_repo.parquet import scan
 from tandem.core.errors import BusyError
 
-_NARROW_ROWS: Final = 8
-"""Keys and times are so many times narrower than rows, at least."""
-
 _MOST_RANGES: Final = 32
 """Each range is a scan of the whole source: beyond this many, ranges grow instead."""
 
@@ -46,7 +43,7 @@ def newest_by_range(
     wide = table.select(ROW, *dict.fromkeys([*join_key_columns, *feature_name_columns, *order]))
     key = pl.col(join_key_columns[0]).cast(pl.String)
     at_most = max(rows, table.select(pl.len()).collect().item() // _MOST_RANGES)
-    for chosen in _in_pieces(newest_of(narrow, join_key_columns, order, _NARROW_ROWS * rows), at_most, key):
+    for chosen in _in_pieces(newest_of(narrow, join_key_columns, order, rows), at_most, key):
         fetched = _fetched(wide, chosen)
         if not fetched.select(columns).equals(chosen.sort(ROW).select(columns)):
             raise BusyError(f"source {source.name!r} was replaced while it was read; nothing is lost, run it again")

@@ -188,6 +188,18 @@ def test_many_entities_come_through_in_ranges(workspace: Path, monkeypatch: pyte
     assert [each["user_events"] for each in found] == [number * 10 + 2 for number in sample]
 
 
+def test_a_view_of_three_hundred_features(workspace: Path) -> None:
+    """More than one command of Redis's scripts takes; the newest row stays whole."""
+    values = {f"wide_{number}": [float(number), float(number) + 0.5] for number in range(300)}
+    write(
+        workspace, pl.DataFrame({"user_id": ["ann", "ann"], TIMESTAMP: pl.Series([at(2), at(1)], dtype=TIME)} | values), HISTORY
+    )
+    apply(workspace)
+    assert materialize(workspace).views["user_stats"] == ViewCounts(1, 0, 0)
+    found = row(workspace, "ann")
+    assert {name: found[name] for name in values} == {name: column[0] for name, column in values.items()}
+
+
 def test_the_choice_of_store_stays_until_another_is_applied(workspace: Path, online: OnlineConfig) -> None:
     apply(workspace)
     assert isinstance(open_store(workspace).provider.online_store, STOCK[_name(online)])
