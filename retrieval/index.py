@@ -58,6 +58,7 @@ class VectorIndex:
     _codes: Codes | None = field(default=None, repr=False)
     _gpu: Any = field(default=None, repr=False)
     _gpu_turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _gpu_lost: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @classmethod
     def build(cls, vectors: Floats, config: IndexConfig | None = None, queries: Floats | None = None) -> Self:
@@ -201,12 +202,19 @@ class VectorIndex:
         try:
             with self._gpu_turn:  # one GPU resource serves one search at a time
                 found: tuple[Floats, Ids] = self._gpu.search(queries, k, params=_parameters(self.index, breadth, widen, None))
-                return found
+            self._gpu_lost.clear()
+            return found
         except RuntimeError as error:
+            self._gpu_lost.set()
             if self.config.device == "gpu":
                 reason = str(error).strip().splitlines()[-1][:200]
                 raise UnavailableError(f'the GPU failed ({reason}) and index.device = "gpu"; use "auto" to go on') from None
             return None
+
+    @property
+    def gpu_lost(self) -> bool:
+        """Does the processor answer in the place of a GPU that has failed?"""
+        return self._gpu_lost.is_set()
 
     def _exact(self, queries: Floats, k: int, allowed: Mask | None) -> tuple[Floats, Ids]:
         if self._codes is not None:

@@ -26,6 +26,7 @@ from tandem.core.folders import content_hash, file_hash, read_json, write_json
 
 _WEIGHTS: Final = "towers.safetensors"
 _FACTS: Final = "towers.json"
+_COLD: Final = tuple(ColdStart.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ class Towers:
         tensors = {name: value.detach().contiguous() for name, value in self._network.state_dict().items()}
         tensors["block.mean"] = torch.from_numpy(self._block.mean)
         tensors["block.components"] = torch.from_numpy(self._block.components)
-        tensors["cold.map"], tensors["cold.touched"] = torch.from_numpy(self._cold.map), torch.from_numpy(self._cold.touched)
+        tensors |= {f"cold.{name}": torch.from_numpy(getattr(self._cold, name)) for name in _COLD}
         tensors["content"] = torch.from_numpy(self._content)
         tensors["text"] = torch.from_numpy(self._text).clone()  # safetensors refuses tensors that share memory
         save_file(tensors, folder / _WEIGHTS)
@@ -305,12 +306,12 @@ class Towers:
                 f"{folder}: {_WEIGHTS} is not the file that {_FACTS} describes; train again or fetch the folder again"
             )
         tensors = load_file(folder / _WEIGHTS)
-        if set(raw["shape"]) != set(TowerShape.__dataclass_fields__) or "cold.map" not in tensors:
+        if set(raw["shape"]) != set(TowerShape.__dataclass_fields__) or not {f"cold.{name}" for name in _COLD} <= set(tensors):
             raise IncompatibleError(f"{folder}: towers of another version of Tandem; run `tandem train towers` again")
         shape = TowerShape(**raw["shape"])
         content, text = tensors.pop("content").numpy(), tensors.pop("text").numpy()
         block = TextBlock(tensors.pop("block.mean").numpy(), tensors.pop("block.components").numpy())
-        cold = ColdStart(tensors.pop("cold.map").numpy(), tensors.pop("cold.touched").numpy())
+        cold = ColdStart(*(tensors.pop(f"cold.{name}").numpy() for name in _COLD))
         network = TwoTowers(shape)
         network.load_state_dict(tensors)
         return cls(shape, network, content, text, block, cold, raw["facts"] | {"fingerprint": content_hash(raw)})

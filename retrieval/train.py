@@ -335,7 +335,8 @@ def _finished(
     sample: Histories,
 ) -> Towers:
     """The towers, whose cold start says nothing yet."""
-    cold = ColdStart(np.zeros((shape.content + 1, shape.dimension + 1), np.float32), learn.counts(shape.items) > 0)
+    nothing = np.zeros((0, shape.content), np.float32), np.zeros((shape.content + 1, shape.dimension + 1), np.float32)
+    cold = ColdStart(*nothing, learn.counts(shape.items) > 0)
     towers = Towers(shape, network, catalogue.content, catalogue.text, block, cold, facts | {"spread": 1.0})
     pasts = [sequence for sequence in sample.sequences[:200] if len(sequence)]
     scores = towers.query(pad_left(pasts, shape.history)) @ towers.item_vectors.T

@@ -267,6 +267,8 @@ class Recommender:
                 found.source[:, real],
                 found.names,
             )
+        if self._parts.retriever.index.gpu_lost:
+            clock.degraded.append("cpu")
         if not found.ids.shape[1]:
             clock.degraded.append("nothing_eligible" if self._now.listed.any() else "empty_catalogue")
         if not np.isfinite(tower[:, real]).all():  # the other sources have answered

@@ -37,6 +37,20 @@ def test_a_query_vector_without_meaning_degrades_and_is_counted(
         assert 'tandem_degraded_total{reason="query_vector_unusable"} 2.0' in client.get("/v1/metrics").text
 
 
+def test_a_lost_gpu_is_told_and_counted(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 40. The processor answers meanwhile."""
+    settings = load_settings(tiny_workspace, {})
+    with TestClient(create_app(settings), LOCAL, raise_server_exceptions=False) as client:
+        before = client.post("/v1/retrieve", json={"k": 20}).json()
+        monkeypatch.setattr(VectorIndex, "gpu_lost", True)
+        for route in ("recommend", "retrieve"):
+            answer = client.post(f"/v1/{route}", json={"k": 20})
+            assert (answer.status_code, answer.json()["degraded"]) == (200, ["cpu"])
+        assert before["degraded"] == []
+        assert answer.json()["items"] == before["items"]
+        assert 'tandem_degraded_total{reason="cpu"} 2.0' in client.get("/v1/metrics").text
+
+
 def test_an_index_that_is_not_the_registrys_is_never_read(
     tiny_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

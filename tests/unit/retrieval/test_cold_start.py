@@ -98,7 +98,21 @@ def test_without_anybody_to_ask_the_map_is_the_regression(logged: tuple[Towers, 
 
 
 def test_touched_rows_stay_as_they_are() -> None:
-    cold = ColdStart(np.ones((3, 2), np.float32), np.array([True, False]))
-    taste, content = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
-    np.testing.assert_array_equal(cold.instead(taste, content, cold.touched), [[0, 0], [3, 3]])
+    landmarks = np.array([[1, 0]], np.float32)
+    cold = ColdStart(landmarks, np.ones((4, 2), np.float32), np.array([True, False]))
+    taste, content = np.zeros((2, 2), np.float32), np.array([[5, 5], [3, 4]], np.float32)
+    said = 3 + 4 + 1 + 0.6**3
+    np.testing.assert_allclose(cold.instead(taste, content, cold.touched), [[0, 0], [said, said]], rtol=1e-6)
+    np.testing.assert_allclose(cold.louder(0.5)(content[1:]), [[said, said + 0.5]], rtol=1e-6)
     assert cold.instead(taste, content, np.array([True, True])) is taste
+    assert (taste == 0).all()
+
+
+def test_a_large_catalogue_is_said_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    cold = ColdStart(*(random.standard_normal(shape).astype(np.float32) for shape in ((5, 4), (10, 3))), np.ones(7, bool))
+    content = random.standard_normal((7, 4)).astype(np.float32)
+    whole = cold(content)
+    monkeypatch.setattr("retrieval.cold_start._BLOCK", 3)
+    np.testing.assert_allclose(cold(content), whole, rtol=1e-4, atol=1e-5)
+    assert cold(content[:0]).shape == (0, 3)

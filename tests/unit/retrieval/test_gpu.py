@@ -85,9 +85,14 @@ def test_several_threads_take_turns_on_one_resource() -> None:
 def test_a_lost_gpu_is_done_without_or_said_by_setting() -> None:
     index, gpu = on_stand_in("ivf", "auto")
     before = index.search(VECTORS[:4], 5)
+    assert not index.gpu_lost
     gpu.lost = True
     for one, other in zip(before, index.search(VECTORS[:4], 5), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert index.gpu_lost
+    gpu.lost = False
+    index.search(VECTORS[:4], 5)
+    assert not index.gpu_lost
     strict, gpu = on_stand_in("ivf", "gpu")
     gpu.lost = True
     with pytest.raises(UnavailableError, match="unspecified launch failure"):
