@@ -3,8 +3,8 @@
 In: trained towers, contents, histories. Out: a map from content to the coordinates that an index needs: a ridge regression on the
 vectors of known items, from content and from how near it is to that of the items most touched (a subset of regressors,
 https://gaussianprocess.org/gpml, 8.3.1), since the next book of a series wants what the last one had. Regression shrinks what it
-is unsure of, so its new items would hardly ever come up beside known ones. Hence a fifth of the known items are treated as if
-they were new, and say how much has to be added.
+is unsure of, so its new items come up too seldom or too often beside known ones. Hence some known items, the share that is new,
+are treated as if they were new, and say how much has to be added.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from retrieval.batches import Histories, pad_left
-from retrieval.validate import K, Questions
+from retrieval.validate import K, Quality, Questions
 from retrieval.warm_start import content_map
 
 if TYPE_CHECKING:
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 Log = Callable[[dict[str, float]], None]
 RIDGE: Final = 30.0
-MOST_LOST: Final = 0.01
-"""Share of the recall of known items that new ones may cost, were a fifth of all items new: half of what is bearable, since few
-people are asked."""
+MOST_LOST: Final = 0.015
+"""Share of known items' NDCG@100 that new ones may cost: few people are asked, and 2% is what is bearable."""
 
 LANDMARKS: Final = 2000
 _POWER: Final = 3
@@ -35,7 +34,7 @@ _POWER: Final = 3
 
 _MOST_ROWS: Final = 50_000
 _BLOCK: Final = 10_000
-_APART: Final = 0.2
+_APART: Final = (0.05, 0.3)
 _SILENT: Final = 1e9
 _QUANTILES: Final = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 
@@ -97,11 +96,16 @@ def fit_cold_start(
         map_ = content_map(_inputs(content[most], landmarks), towers.item_vectors[most, :width], counts[most], RIDGE)
         return ColdStart(landmarks, map_, counts > 0)
 
-    apart = np.sort(random.permutation(known)[: int(len(known) * _APART)])
+    apart = np.sort(random.permutation(known)[: int(len(known) * _apart(counts))])
     vectors = towers.item_vectors.copy()
     vectors[apart, :width] = regression(np.setdiff1d(known, apart))(content[apart])
     vectors[counts == 0, :width] = 0.0
     return regression(known).louder(_louder(towers, vectors, apart, questions, log))
+
+
+def _apart(counts: np.ndarray) -> float:
+    """Share of the known items to be treated as new: that of the new ones, within `_APART`."""
+    return float(np.clip(np.mean(counts == 0), *_APART))
 
 
 def _louder(towers: Towers, vectors: np.ndarray, apart: np.ndarray, questions: Questions, log: Log) -> float:
@@ -114,24 +118,25 @@ def _louder(towers: Towers, vectors: np.ndarray, apart: np.ndarray, questions: Q
         return 0.0
     popularity = towers.shape.dimension
 
-    def recall(asked: Questions, shift: float) -> float:
+    def quality(asked: Questions, shift: float) -> Quality:
         shifted = vectors.copy()
         shifted[apart, popularity] += shift
 
         def score(pasts: Sequence[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(towers.query(pad_left(pasts, towers.shape.history)) @ shifted.T)
 
-        return asked.judge(score).recall
+        return asked.judge(score)
 
-    alone = recall(about_known, -_SILENT)
+    alone = quality(about_known, -_SILENT).ndcg
     reached: dict[float, float] = {}
     lacking = _shifts(towers.query(pad_left(about_new.pasts, towers.shape.history)) @ vectors.T, about_new.wanted)
     for shift in sorted((0.0, *lacking)):
-        if reached and recall(about_known, shift) < (1 - MOST_LOST) * alone:
+        if reached and quality(about_known, shift).ndcg < (1 - MOST_LOST) * alone:
             break
-        reached[shift] = recall(questions, shift)
+        reached[shift] = quality(questions, shift).recall
     best = max(reached, key=lambda shift: (reached[shift], -abs(shift)))
-    log({"cold/louder": best, "cold/recall_at_100": recall(about_new, best), "cold/recall_at_100_before": recall(about_new, 0.0)})
+    before, after = (quality(about_new, shift).recall for shift in (0.0, best))
+    log({"cold/louder": best, "cold/recall_at_100": after, "cold/recall_at_100_before": before})
     return best
 
 
