@@ -1,10 +1,10 @@
 """Running counts of users or items: at each instant with an event, and at each midnight at which a day leaves a window.
 
-In: marked events in the order of time, [user_id, item_id, event_timestamp, value, valued, 0/1 columns...]. Out: frames of whole
-keys, one row per (key, instant), sorted, with what had been counted up to and including that instant and in the last w days.
-Keys are numbered, and a time is its place on one axis of instants: so (key, time) is one int64, what is known of an instant is
-looked up by its place, and everything is a cumulative sum, a merge of sorted arrays or a gather. Arrays as long as all events
-are narrow; what is wide is made for a block of keys at a time.
+In: marked events in the order of time, [user_id, item_id, event_timestamp, value, valued, 0/1 columns...]. Out: one row per (key,
+instant), sorted, with what had been counted up to and including that instant and in the last w days. Keys are numbered, and a
+time is its place on one axis of instants: so (key, time) is one int64, what is known of an instant is looked up by its place, and
+everything is a cumulative sum, a merge of sorted arrays or a gather. Arrays as long as all events are narrow; what is wide is
+made for a block of keys, several blocks at once.
 """
 
 from __future__ import annotations
