@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from retrieval.baselines import ItemKNN
 from retrieval.batches import PAD, pad_left
 from retrieval.candidates import CandidateConfig, Candidates, Trace, retrieve, trace
+from retrieval.exact import scan
 from retrieval.filters import ALWAYS, NOT_YET, Filters, Kind, counted
 from retrieval.fresh import FreshItems
 from retrieval.index import VectorIndex
@@ -39,13 +40,14 @@ from retrieval.sources import (
     popular_source,
 )
 from retrieval.towers import Towers
-from tandem.core.errors import IncompatibleError, InputError, NotFoundError
+from tandem.core.errors import IncompatibleError, InputError, IntegrityError, NotFoundError
 from tandem.core.folders import content_hash, read_json, write_json
 
 ITEMS: Final = "items.parquet"
 FACTS: Final = "retriever.json"
 COVISIT: Final = "covisit.safetensors"
 NEW_DAYS: Final = 30.0
+_CANARIES: Final = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +270,11 @@ class Retriever:
 
     @classmethod
     def load(cls, folder: Path, *, sentence_weight: float = 3.0) -> Retriever:
-        """Read what `save` wrote. Raises IncompatibleError, naming both fingerprints, when its parts are not of one training."""
+        """Read what `save` wrote, and ask the index a few questions.
+
+        Raises IncompatibleError, naming both fingerprints, when its parts are not of one training, IntegrityError when the index
+        answers nonsense.
+        """
         if not (folder / FACTS).is_file():
             raise NotFoundError(f"no retriever in {folder}; run `tandem train towers` or name a release's folder")
         facts: dict[str, Any] = read_json(folder / FACTS)
@@ -288,9 +294,27 @@ class Retriever:
                 f"{folder.name}: the index holds vectors of {index.dimension} numbers, its towers make {towers.shape.query}; "
                 "use one release's parts"
             )
+        _ask_canaries(index, towers.item_vectors, folder.name)
         covisit = ItemKNN.load(folder / COVISIT)
         counts, until = np.array(facts["counts"], np.float32), facts.get("items_until", 0)
         return cls(items, towers, index, covisit, counts, facts["exclude_seen"], sentence_weight, until)
+
+
+def _ask_canaries(index: VectorIndex, vectors: NDArray[np.float32], name: str) -> None:
+    """A few items' own vectors as queries, before anybody else asks: an index of other vectors of this width fits in every
+    number, and answers nonsense.
+    """
+    if not index.count:
+        return
+    queries, k = vectors[np.linspace(0, index.count - 1, _CANARIES, dtype=np.int64)], min(10, index.count)
+    best, _ = scan(vectors, queries, k)
+    found = tower_scores(queries, vectors, index.search(queries, k)[1])
+    share = float((found >= best[:, -1:] - 1e-3 * np.abs(best[:, -1:])).mean())
+    if share < index.recall / 2:
+        raise IntegrityError(
+            f"{name}: the index finds {share:.0%} of what the towers' own vectors find, it was built to find {index.recall:.0%}; "
+            "its vectors are not these towers': build the index again"
+        )
 
 
 def _padded(masks: Mapping[str, NDArray[np.bool_]], count: int) -> dict[str, NDArray[np.bool_]]:

@@ -13,7 +13,7 @@ from retrieval.candidates import CandidateConfig
 from retrieval.filters import Filters, Range
 from retrieval.index import IndexConfig, VectorIndex
 from retrieval.retriever import Queries, Retriever, items_fingerprint, tower_scores
-from tandem.core.errors import IncompatibleError, InputError, NotFoundError
+from tandem.core.errors import IncompatibleError, InputError, IntegrityError, NotFoundError
 from tandem.core.folders import read_json, write_json
 
 ITEMS = 60
@@ -78,6 +78,19 @@ def test_another_item_order_is_refused(retriever: Retriever, tmp_path: Path) -> 
     shuffled.write_parquet(tmp_path / "items.parquet")
     with pytest.raises(IncompatibleError, match="items are"):
         Retriever.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["flat", "int8", "hnsw", "ivf", "ivfpq"])
+def test_an_index_of_other_vectors_is_refused_before_anybody_asks(retriever: Retriever, tmp_path: Path, kind: str) -> None:
+    """Rows 15 and 16: every number and hash of it fits."""
+    vectors, config = retriever.towers.item_vectors, IndexConfig(kind, k=10)
+    for name, held in (("own", vectors), ("foreign", np.random.default_rng(0).permutation(vectors))):
+        folder = tmp_path / name
+        folder.mkdir()
+        replace(retriever, index=VectorIndex.build(held, config)).save(folder)
+    assert Retriever.load(tmp_path / "own").index.kind == VectorIndex.build(vectors, config).kind
+    with pytest.raises(IntegrityError, match=r"foreign: the index finds \d+% of .* not these towers'"):
+        Retriever.load(tmp_path / "foreign")
 
 
 def test_an_empty_folder_names_the_way_out(tmp_path: Path) -> None:
