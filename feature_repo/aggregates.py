@@ -86,7 +86,7 @@ def build_tables(
     stand in two views.
     """
     config = config or AggregateConfig()
-    history, line = _history_events(events.lazy(), source), counted_events(events.lazy(), source, config)
+    history = _history_events(events.lazy(), source)
     counted = [entity for entity in ENTITIES if only is None or f"{entity}_stats" in only]
     makers: dict[str, Callable[[], pl.DataFrame]] = {
         "user_history": lambda: user_history_table(history, config.history_length),
@@ -99,7 +99,7 @@ def build_tables(
     for entity, view in DECLARED.items():
         if own := config.declared_of(entity):
             makers[view] = partial(declared_table, events.lazy(), entity, own, source, config.until)
-    tables = count_tables(line, counted, source, config)
+    tables = count_tables(counted_events(events.lazy(), source, config), counted, source, config) if counted else {}
     tables |= {name: make() for name, make in makers.items() if only is None or name in only}
     check_feature_names(tables)
     return tables
@@ -193,7 +193,7 @@ def _trials(task: Task, source: Source) -> str:
 def count_tables(line: Timeline, entities: Sequence[str], source: Source, config: AggregateConfig) -> dict[str, pl.DataFrame]:
     """The `<entity>_stats` tables, side by side: while the events of one are being sorted, another is counted."""
     priors = _priors(line.totals, source, config.prior_strength)
-    with ThreadPoolExecutor(max(1, len(entities))) as pool:
+    with ThreadPoolExecutor(len(entities)) as pool:
         tables = pool.map(lambda entity: _stats(line, priors, entity, source, config), entities)
         return {f"{entity}_stats": table for entity, table in zip(entities, tables, strict=True)}
 

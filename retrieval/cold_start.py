@@ -96,14 +96,14 @@ def fit_cold_start(
         map_ = content_map(_inputs(content[most], landmarks), towers.item_vectors[most, :width], counts[most], RIDGE)
         return ColdStart(landmarks, map_, counts > 0)
 
-    apart = np.sort(random.permutation(known)[: int(len(known) * _apart(counts))])
+    apart = np.sort(random.permutation(known)[: int(len(known) * _share_apart(counts))])
     vectors = towers.item_vectors.copy()
     vectors[apart, :width] = regression(np.setdiff1d(known, apart))(content[apart])
     vectors[counts == 0, :width] = 0.0
     return regression(known).louder(_louder(towers, vectors, apart, questions, log))
 
 
-def _apart(counts: np.ndarray) -> float:
+def _share_apart(counts: np.ndarray) -> float:
     """Share of the known items to be treated as new: that of the new ones, within `_APART`."""
     return float(np.clip(np.mean(counts == 0), *_APART))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retrieval.batches import cut_places, pad_left
-from retrieval.cold_start import MOST_LOST, ColdStart, _apart, fit_cold_start
+from retrieval.cold_start import MOST_LOST, ColdStart, _share_apart, fit_cold_start
 from retrieval.sequence import SequenceConfig
 from retrieval.towers import Towers
 from retrieval.train import Catalogue, Histories, TowerConfig, train_towers
@@ -120,4 +120,4 @@ def test_a_large_catalogue_is_said_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("new", "share"), [(0, 0.05), (15, 0.15), (90, 0.3)])
 def test_as_many_known_items_are_set_apart_as_are_new(new: int, share: float) -> None:
-    assert _apart(np.repeat([0, 3], [new, 100 - new])) == pytest.approx(share)
+    assert _share_apart(np.repeat([0, 3], [new, 100 - new])) == pytest.approx(share)
